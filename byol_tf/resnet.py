@@ -1,0 +1,145 @@
+"""The paper's encoder (section 3.3): a ResNet v1 that maps images to a representation."""
+
+from byol_tf.keras_api import keras
+
+BLOCKS_PER_GROUP = {
+    "resnet18": (2, 2, 2, 2),
+    "resnet34": (3, 4, 6, 3),
+    "resnet50": (3, 4, 6, 3),
+    "resnet101": (3, 4, 23, 3),
+    "resnet152": (3, 8, 36, 3),
+    "resnet200": (3, 24, 36, 3),
+}
+STEMS = ("imagenet", "small")
+_BASIC = ("resnet18", "resnet34")  # two 3x3 convolutions a block; the others are bottlenecks
+
+
+def kernel_initializer():
+    """A normal of stddev 1/sqrt(fan_in) cut off at two sigma, as in DeepMind's reference.
+
+    Keras' VarianceScaling makes up for the variance that the cut takes away (it divides the
+    stddev by 0.8796...); haiku does not, so the scale takes that back.
+    """
+    return keras.initializers.VarianceScaling(
+        0.87962566103423978**2, "fan_in", "truncated_normal"
+    )
+
+
+def batch_norm(inputs, synchronized, name):
+    """Batch normalisation with the paper's momentum 0.9 and epsilon 1e-5.
+
+    `synchronized=True` shares the batch statistics across replicas. It never takes the
+    fused kernel, so use it only when there is more than one replica.
+    """
+    return keras.layers.BatchNormalization(
+        momentum=0.9,
+        epsilon=1e-5,
+        synchronized=synchronized,
+        name=name,
+    )(inputs)
+
+
+def resnet(
+    name="resnet50",
+    *,
+    width_multiplier=1.0,
+    stem="imagenet",
+    image_size=None,
+    synchronized_batch_norm=False,
+):
+    """Builds a ResNet-18/34/50/101/152/200 without its classifier.
+
+    Version 1 (post-activation), the stride of a bottleneck on its 3x3 convolution, no
+    convolution bias, a projection shortcut in the first block of every group.
+
+    Args:
+      name: one of `BLOCKS_PER_GROUP`.
+      width_multiplier: scales every channel count; 1, 2 and 4 in the paper (table 2),
+        fractions for small machines.
+      stem: "imagenet" (7x7 convolution of stride 2, 3x3 max-pool of stride 2) or
+        "small" (3x3 convolution of stride 1) for images of about 32 pixels.
+      image_size: side of the square input in pixels, or None for any.
+      synchronized_batch_norm: share batch statistics across replicas.
+
+    Returns:
+      A `keras.Model` from images float [B, image_size, image_size, 3], normalised by the
+      ImageNet mean and standard deviation, to the representation [B, D]; D is
+      512 * width_multiplier for ResNet-18/34 and 2048 * width_multiplier otherwise.
+
+    Raises:
+      ValueError: for an unknown name or stem, or a width that leaves no channel.
+    """
+    if name not in BLOCKS_PER_GROUP:
+        raise ValueError(f"encoder={name!r}: choose one of {', '.join(BLOCKS_PER_GROUP)}.")
+    if stem not in STEMS:
+        raise ValueError(f"stem={stem!r}: choose one of {', '.join(STEMS)}.")
+    if int(64 * width_multiplier) < 1:
+        raise ValueError(f"width_multiplier={width_multiplier}: must be at least 1/64.")
+
+    def conv(x, filters, kernel_size, strides, scope):
+        return keras.layers.Conv2D(
+            filters,
+            kernel_size,
+            strides,
+            padding="same",
+            use_bias=False,
+            kernel_initializer=kernel_initializer(),
+            name=f"{scope}_conv",
+        )(x)
+
+    def conv_bn(x, filters, kernel_size, strides, scope):
+        x = conv(x, filters, kernel_size, strides, scope)
+        return batch_norm(x, synchronized_batch_norm, f"{scope}_bn")
+
+    def relu(x, scope):
+        return keras.layers.ReLU(name=f"{scope}_relu")(x)
+
+    def block(x, channels, strides, project, scope):
+        basic = name in _BASIC
+        out_channels = channels if basic else 4 * channels
+        shortcut = conv_bn(x, out_channels, 1, strides, f"{scope}_shortcut") if project else x
+        if basic:
+            layers = [(channels, 3, strides), (channels, 3, 1)]
+        else:
+            layers = [(channels, 1, 1), (channels, 3, strides), (out_channels, 1, 1)]
+        for i, (filters, kernel_size, stride) in enumerate(layers):
+            x = conv_bn(x, filters, kernel_size, stride, f"{scope}_{i}")
+            if i < len(layers) - 1:
+                x = relu(x, f"{scope}_{i}")
+        return relu(keras.layers.Add(name=f"{scope}_add")([x, shortcut]), scope)
+
+    images = keras.Input((image_size, image_size, 3), name="images")
+    stem_channels = int(64 * width_multiplier)
+    if stem == "imagenet":
+        x = relu(conv_bn(images, stem_channels, 7, 2, "stem"), "stem")
+        x = keras.layers.MaxPool2D(3, 2, padding="same", name="stem_pool")(x)
+    else:
+        x = relu(conv_bn(images, stem_channels, 3, 1, "stem"), "stem")
+    for group, blocks in enumerate(BLOCKS_PER_GROUP[name]):
+        channels = int(64 * 2**group * width_multiplier)
+        for i in range(blocks):
+            strides = 2 if i == 0 and group > 0 else 1
+            x = block(x, channels, strides, project=i == 0, scope=f"group{group}_block{i}")
+    x = keras.layers.GlobalAveragePooling2D(name="representation")(x)
+    return keras.Model(images, x, name=name)
+
+
+def mlp(name, input_size, hidden_size, output_size, *, synchronized_batch_norm=False):
+    """The projector g and the predictor q of the paper: Dense - BN - ReLU - Dense.
+
+    The first layer has a bias, the last has none (appendix C.1, DeepMind's reference).
+    Maps float [B, input_size] to [B, output_size].
+    """
+    inputs = keras.Input((input_size,), name=f"{name}_inputs")
+    x = keras.layers.Dense(
+        hidden_size, kernel_initializer=kernel_initializer(), name=f"{name}_hidden"
+    )(inputs)
+    x = batch_norm(x, synchronized_batch_norm, f"{name}_bn")
+    x = keras.layers.ReLU(name=f"{name}_relu")(x)
+    x = keras.layers.Dense(
+        output_size,
+        use_bias=False,
+        kernel_initializer=kernel_initializer(),
+        name=f"{name}_outputs",
+    )(x)
+    return keras.Model(inputs, x, name=name)

@@ -1,0 +1,68 @@
+"""The slow half of BYOL: the target network follows the online one (section 3.1)."""
+
+import tensorflow as tf
+
+from byol_tf.keras_api import keras
+from byol_tf.schedules import target_ema
+
+
+class TargetNetworkUpdate(keras.callbacks.Callback):
+    """Moves the target weights after every optimizer step.
+
+    target += (1 - tau_k) (online - target), with tau_k rising from `base_target_ema` at
+    the first step to 1 at the last (paper, section 3.2). Only weights move: the target
+    keeps its own batch statistics. Each replica updates its own copy, all in one compiled
+    call that reads the step from the optimizer, so nothing travels to the host.
+
+    Args:
+      base_target_ema: tau of the first step (0.996 in the paper for 1000 epochs, 0.99 for
+        300 and fewer). 1 never moves the target, 0 copies the online weights at first.
+      total_steps: K, over which tau rises; by default all steps of `fit`, which must then
+        know its number of steps an epoch.
+
+    Raises:
+      ValueError: if `base_target_ema` is not in [0, 1], or K cannot be known.
+    """
+
+    # Without this Keras copies the logs of every step to the host.
+    _supports_tf_logs = True
+
+    def __init__(self, base_target_ema=0.996, total_steps=None):
+        super().__init__()
+        if not 0.0 <= base_target_ema <= 1.0:
+            raise ValueError(f"base_target_ema={base_target_ema}: must be in [0, 1].")
+        self.base_target_ema = base_target_ema
+        self.total_steps = total_steps
+        self._update = None
+
+    def on_train_begin(self, logs=None):
+        total_steps = self.total_steps
+        if total_steps is None:
+            if not self.params.get("steps"):
+                raise ValueError(
+                    "TargetNetworkUpdate cannot tell how many steps this fit takes: give it "
+                    "total_steps=, or give fit steps_per_epoch=."
+                )
+            total_steps = self.params["steps"] * self.params["epochs"]
+        self._update = self._compiled_update(total_steps)
+
+    def on_train_batch_end(self, batch, logs=None):
+        self._update()
+
+    def _compiled_update(self, total_steps):
+        iterations = self.model.optimizer.iterations
+        pairs = self.model.target_pairs
+        extended = self.model.distribute_strategy.extended
+
+        @tf.function
+        def update():
+            # The optimizer has counted this step already; k counts from 0.
+            tau = target_ema(iterations - 1, self.base_target_ema, total_steps)
+            for target, online in pairs:
+                extended.update(target, _move_towards, args=(online, 1.0 - tau))
+
+        return update
+
+
+def _move_towards(target, online, rate):
+    target.assign_add(tf.cast(rate, target.dtype) * (online - target))

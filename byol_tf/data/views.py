@@ -1,0 +1,182 @@
+"""From a source to what the networks see: two augmented views, or one plain view.
+
+The data's way: source (encoded images) -> crop and resize (uint8) -> photometric
+augmentation (float32), the last on the host or on the accelerator.
+"""
+
+import tensorflow as tf
+
+from byol_tf.data import augment, crop, decode
+
+# Decoded images of one common size up to this many bytes stay in memory between epochs.
+_CACHE_BYTES = 2**30
+_SHUFFLE_BUFFER = 50_000
+_DRAWS = crop.NUM_DRAWS + augment.NUM_DRAWS
+
+
+def steps_per_epoch(source, batch_size):
+    """Full batches in one pass over the source; the remainder is left out, as in the paper.
+
+    Raises:
+      ValueError: if there are fewer images than one batch.
+    """
+    if source.num_examples < batch_size:
+        raise ValueError(
+            f"--batch_size={batch_size} is larger than the data set "
+            f"({source.num_examples} images): choose a smaller batch."
+        )
+    return source.num_examples // batch_size
+
+
+def pretrain_batches(
+    source, *, image_size, batch_size, epochs, seed=0, start_step=0, augment_on="host"
+):
+    """Batches of two views of every image, epoch after epoch.
+
+    Every random choice is a pure function of (seed, epoch, index of the image, view), and
+    the order one of (seed, epoch): two runs see the same, and a run that begins at
+    `start_step` sees what an uninterrupted one would. What it skips is not decoded.
+
+    Args:
+      source: a `byol_tf.data.source.Source`.
+      image_size: side of a view, in pixels.
+      batch_size: global batch size, in images.
+      epochs: how often to pass over the source.
+      seed: int.
+      start_step: batches to skip.
+      augment_on: "host" for finished views; "accelerator" for cropped ones, which
+        `augment_batch` finishes inside the step.
+
+    Returns:
+      A dataset of dicts: "view1" and "view2", float32 [B, image_size, image_size, 3], and
+      "label", int64 [B], where the source has labels. On the accelerator the views are
+      uint8 and come with their "draws1" and "draws2", float32 [B, NUM_DRAWS].
+    """
+    per_epoch = steps_per_epoch(source, batch_size)
+    start_epoch, skipped_batches = divmod(start_step, per_epoch)
+    examples, crop_pair = _cropping(source, image_size)
+
+    def one_epoch(epoch):
+        skipped = tf.where(epoch == start_epoch, skipped_batches * batch_size, 0)
+        shuffled = examples.shuffle(
+            min(source.num_examples, _SHUFFLE_BUFFER),
+            seed=seed * 1_000_003 + epoch,
+            reshuffle_each_iteration=False,
+        )
+        return (
+            shuffled.take(per_epoch * batch_size)
+            .skip(tf.cast(skipped, tf.int64))
+            .map(lambda example: {**example, "draws": _draw(seed, epoch, example["index"])})
+        )
+
+    batches = crop_pair(
+        tf.data.Dataset.range(start_epoch, epochs).flat_map(one_epoch), batch_size
+    )
+    if source.class_names is None:
+        batches = batches.map(lambda batch: {k: v for k, v in batch.items() if k != "label"})
+    if augment_on == "host":
+        batches = batches.map(augment_batch, num_parallel_calls=2, deterministic=True)
+    return batches.with_options(_options()).prefetch(2)
+
+
+def augment_batch(batch):
+    """Finishes the two cropped views of a batch: uint8 and draws in, float32 views out."""
+    views = {
+        "view1": augment.augment(batch["view1"], batch["draws1"], augment.VIEW_1),
+        "view2": augment.augment(batch["view2"], batch["draws2"], augment.VIEW_2),
+    }
+    return {**views, **({"label": batch["label"]} if "label" in batch else {})}
+
+
+def eval_batches(source, *, image_size, batch_size=256):
+    """Every image once, in order, centre-cropped (paper, appendix C.1).
+
+    Returns:
+      A dataset of dicts: "image", uint8 [B, image_size, image_size, 3], "label" and
+      "index", int64 [B], "name", string [B]. The last batch may be smaller.
+    """
+
+    def centre(example):
+        image = crop.centre_crop_and_resize(decode.decode(example["image"]), image_size)
+        image = tf.ensure_shape(image, [image_size, image_size, 3])
+        return {**example, "image": image}
+
+    batches = source.dataset.map(centre, num_parallel_calls=2, deterministic=True)
+    return batches.batch(batch_size).with_options(_options()).prefetch(2)
+
+
+def _draw(seed, epoch, index):
+    """float32 [2, _DRAWS] in [0, 1): all random numbers of both views of one image."""
+    key = tf.stack([tf.cast(seed * 2**32, tf.int64) + epoch, index])
+    return tf.random.stateless_uniform([2, _DRAWS], key)
+
+
+def _cropping(source, image_size):
+    """Chooses how to crop: (examples, function of examples and batch size to cropped batches).
+
+    Small images of one size are decoded once, kept, and cropped a batch at a time; others
+    are decoded anew for every crop, which reads only the part that the crop needs.
+    """
+    shape = source.image_shape
+    if shape and source.num_examples * shape[0] * shape[1] * shape[2] <= _CACHE_BYTES:
+
+        def decode_whole(example):
+            image = tf.ensure_shape(decode.decode(example["image"]), shape)
+            return {"image": image, "index": example["index"], "label": example["label"]}
+
+        decoded = source.dataset.map(decode_whole, num_parallel_calls=2, deterministic=True)
+
+        def crop_batches(examples, batch_size):
+            batches = examples.batch(batch_size, drop_remainder=True)
+            return batches.map(
+                lambda batch: _crop_batch(batch, image_size),
+                num_parallel_calls=2,
+                deterministic=True,
+            )
+
+        return decoded.cache(), crop_batches
+
+    def crop_one_by_one(examples, batch_size):
+        cropped = examples.map(
+            lambda example: _crop_encoded(example, image_size),
+            num_parallel_calls=2,
+            deterministic=True,
+        )
+        return cropped.batch(batch_size, drop_remainder=True)
+
+    return source.dataset, crop_one_by_one
+
+
+def _crop_batch(batch, image_size):
+    """Two crops of every decoded image of a batch, for `_cropping`."""
+    images, draws = batch["image"], batch["draws"]
+    cropped = {"label": batch["label"]}
+    for i in range(2):
+        heights = tf.fill([tf.shape(images)[0]], images.shape[1])
+        widths = tf.fill([tf.shape(images)[0]], images.shape[2])
+        boxes = crop.random_crop_boxes(heights, widths, draws[:, i, : crop.NUM_DRAWS])
+        cropped[f"view{i + 1}"] = crop.crop_and_resize(images, boxes, image_size)
+        cropped[f"draws{i + 1}"] = draws[:, i, crop.NUM_DRAWS :]
+    return cropped
+
+
+def _crop_encoded(example, image_size):
+    """Two crops of one encoded image, for `_cropping`."""
+    encoded, draws = example["image"], example["draws"]
+    height, width = tf.unstack(decode.image_size(encoded))
+    cropped = {"label": example["label"]}
+    for i in range(2):
+        box = crop.random_crop_boxes(height, width, draws[i, : crop.NUM_DRAWS])
+        view = crop.resize(decode.decode_and_crop(encoded, box), image_size)
+        cropped[f"view{i + 1}"] = tf.ensure_shape(view, [image_size, image_size, 3])
+        cropped[f"draws{i + 1}"] = draws[i, crop.NUM_DRAWS :]
+    return cropped
+
+
+def _options():
+    options = tf.data.Options()
+    options.deterministic = True
+    # Its thread can hold up the end of a short fit for as long as its period.
+    options.autotune.enabled = False
+    options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
+    return options

@@ -1,0 +1,253 @@
+"""The photometric part of BYOL's augmentation (paper, appendix B), a batch at a time.
+
+Flip, colour jitter, grayscale, blur, solarize and normalize. Every random choice comes in
+as a uniform draw, so that the whole is a pure function, on the host or on the accelerator.
+"""
+
+import dataclasses
+import itertools
+
+import tensorflow as tf
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+_GRAY_WEIGHTS = (0.2989, 0.5870, 0.1140)
+_ORDERS = tuple(itertools.permutations(range(4)))
+_TINY = 1e-20  # in place of a chroma of 0, to divide by
+NUM_DRAWS = 11
+
+
+@dataclasses.dataclass(frozen=True)
+class ViewAugmentation:
+    """How one view is augmented; the defaults are the paper's (table 6)."""
+
+    blur_probability: float
+    solarize_probability: float
+    flip_probability: float = 0.5
+    jitter_probability: float = 0.8
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.2
+    hue: float = 0.1
+    grayscale_probability: float = 0.2
+    blur_sigma: tuple = (0.1, 2.0)
+    solarize_threshold: float = 0.5
+
+
+VIEW_1 = ViewAugmentation(blur_probability=1.0, solarize_probability=0.0)
+VIEW_2 = ViewAugmentation(blur_probability=0.1, solarize_probability=0.2)
+
+
+def augment(images, draws, view):
+    """Augments and normalizes one view of every image of a batch.
+
+    In between, and in the functions of a single step below, the images are planes: a list
+    of red, green and blue, float32 [B, S, S] in [0, 1]. Steps on whole planes are several
+    times faster than on three interleaved channels.
+
+    Args:
+      images: uint8 or float32 in [0, 1], [B, S, S, 3].
+      draws: float32 [B, NUM_DRAWS], uniform in [0, 1).
+      view: a `ViewAugmentation`.
+
+    Returns: float32 [B, S, S, 3].
+    """
+    flip, jitter, order, *strengths, gray, blur, sigma, solar = tf.unstack(
+        draws, NUM_DRAWS, axis=-1
+    )
+    images = _to_float(images)
+    # On the channels-last images, where `tf.reverse` is ten times faster than on planes.
+    (images,) = _sometimes(flip, view.flip_probability, _flip, [images])
+    planes = tf.unstack(images, axis=-1)
+    planes = _sometimes(
+        jitter,
+        view.jitter_probability,
+        lambda planes, *jitter_draws: _jitter(planes, *jitter_draws, view=view),
+        planes,
+        order,
+        *strengths,
+    )
+    planes = _sometimes(gray, view.grayscale_probability, to_grayscale, planes)
+    low, high = view.blur_sigma
+    sigma = low + (high - low) * sigma
+    planes = _sometimes(blur, view.blur_probability, gaussian_blur, planes, sigma)
+    planes = _sometimes(
+        solar,
+        view.solarize_probability,
+        lambda planes: solarize(planes, view.solarize_threshold),
+        planes,
+    )
+    planes = [
+        (tf.clip_by_value(plane, 0.0, 1.0) - mean) * (1.0 / std)
+        for plane, mean, std in zip(planes, IMAGENET_MEAN, IMAGENET_STD)
+    ]
+    # Faster than to stack them as the last axis.
+    return tf.transpose(tf.stack(planes), [1, 2, 3, 0])
+
+
+def normalize(images):
+    """Subtracts ImageNet's mean and divides by its standard deviation, channel by channel.
+
+    Args: images: uint8 or float in [0, 1], [..., 3]. Returns: float32 [..., 3].
+    """
+    return (_to_float(images) - tf.constant(IMAGENET_MEAN)) / tf.constant(IMAGENET_STD)
+
+
+def adjust_brightness(planes, offset):
+    """Adds offset [B] to every channel; see `augment` about planes."""
+    offset = _per_image(offset)
+    return [tf.clip_by_value(plane + offset, 0.0, 1.0) for plane in planes]
+
+
+def adjust_contrast(planes, factor):
+    """Scales every channel by factor [B] about its own mean over the image."""
+    factor = _per_image(factor)
+    means = [tf.reduce_mean(plane, [1, 2], keepdims=True) for plane in planes]
+    return [
+        tf.clip_by_value(plane * factor + mean * (1.0 - factor), 0.0, 1.0)
+        for plane, mean in zip(planes, means)
+    ]
+
+
+def adjust_saturation(planes, factor):
+    """Scales S of HSV by factor [B] >= 0, at most to 1.
+
+    The distance of every channel from the largest, V, is proportional to S = chroma / V.
+    """
+    value, chroma = _value_and_chroma(planes)
+    factor = tf.minimum(_per_image(factor), value / tf.maximum(chroma, _TINY))
+    return [value - (value - plane) * factor for plane in planes]
+
+
+def adjust_hue(planes, offset):
+    """Adds offset [B], of at most half a turn, to H of HSV.
+
+    H, in sixths of a turn, decides which part of the chroma each channel has: all of it
+    within one sixth of the channel's own hue, and none from two sixths on.
+    """
+    red, green, blue = planes
+    value, chroma = _value_and_chroma(planes)
+    scale = 1.0 / tf.maximum(chroma, _TINY)
+    hue = tf.where(
+        value == red,
+        (green - blue) * scale,
+        tf.where(value == green, 2.0 + (blue - red) * scale, 4.0 + (red - green) * scale),
+    )
+    hue += 6.0 * _per_image(offset)
+    shifted = []
+    for own_hue in (0.0, 2.0, 4.0):
+        distance = tf.abs(hue - own_hue)
+        distance = tf.minimum(distance, tf.abs(6.0 - distance))
+        shifted.append(value - chroma * tf.clip_by_value(distance - 1.0, 0.0, 1.0))
+    return shifted
+
+
+def to_grayscale(planes):
+    """Replaces every channel by their luma."""
+    gray = tf.add_n([weight * plane for weight, plane in zip(_GRAY_WEIGHTS, planes)])
+    return [gray, gray, gray]
+
+
+def gaussian_blur(planes, sigma):
+    """Blurs with a Gaussian of sigma [B], in pixels.
+
+    The kernel reaches S // 10 // 2 pixels to each side and sums to 1; outside the image
+    is black.
+    """
+    matrix = _blur_matrix(sigma, planes[0].shape[-1])
+    return [tf.matmul(tf.matmul(matrix, plane), matrix) for plane in planes]
+
+
+def solarize(planes, threshold=0.5):
+    """Inverts what is not below the threshold."""
+    return [tf.where(plane < threshold, plane, 1.0 - plane) for plane in planes]
+
+
+def _flip(images):
+    """Mirrors the only tensor of a list, [B, S, S, 3], left to right."""
+    return [tf.reverse(images[0], [2])]
+
+
+def _jitter(planes, order, brightness, contrast, saturation, hue, view):
+    """The four colour jitters, in an order of each image's own.
+
+    Args: planes: as in `augment`; the others: draws, float32 [B]. Returns: as planes.
+    """
+    jitters = (
+        (adjust_brightness, view.brightness * (2.0 * brightness - 1.0)),
+        (adjust_contrast, 1.0 + view.contrast * (2.0 * contrast - 1.0)),
+        (adjust_saturation, 1.0 + view.saturation * (2.0 * saturation - 1.0)),
+        (adjust_hue, view.hue * (2.0 * hue - 1.0)),
+    )
+    orders = tf.gather(tf.constant(_ORDERS), tf.cast(order * len(_ORDERS), tf.int32))
+    for turn in range(len(jitters)):
+        # The images that are due for the same jitter get it together.
+        groups = _groups(orders[:, turn], len(jitters))
+        parts = [
+            adjust(_pick(planes, rows), tf.gather(amount, rows))
+            for rows, (adjust, amount) in zip(groups, jitters)
+        ]
+        planes = _put_together(groups, parts, planes)
+    return planes
+
+
+def _sometimes(draw, probability, function, planes, *parameters):
+    """Applies a function to the images whose draw is less than the probability.
+
+    Args: draw: float32 [B]; function: of planes and parameters; planes: list of [B, ...];
+    parameters: tensors [B]. Returns: as planes.
+    """
+    if probability <= 0.0:
+        return planes
+    if probability >= 1.0:
+        return function(planes, *parameters)
+    groups = _groups(tf.cast(draw < probability, tf.int32), 2)
+    left_out, chosen = groups
+    changed = function(_pick(planes, chosen), *_pick(parameters, chosen))
+    return _put_together(groups, [_pick(planes, left_out), changed], planes)
+
+
+def _groups(labels, count):
+    """For each of `count` labels the positions in labels, int32 [B], that have it."""
+    return tf.dynamic_partition(tf.range(tf.shape(labels)[0]), labels, count)
+
+
+def _pick(tensors, rows):
+    return [tf.gather(tensor, rows) for tensor in tensors]
+
+
+def _put_together(groups, parts, like):
+    """Undoes `_groups` and `_pick`: one list of tensors a group -> tensors shaped as in like."""
+    return [
+        tf.ensure_shape(tf.dynamic_stitch(groups, pieces), tensor.shape)
+        for *pieces, tensor in zip(*parts, like)
+    ]
+
+
+def _value_and_chroma(planes):
+    """V of HSV, and how far it is above the smallest channel; float32 [B, S, S] each."""
+    red, green, blue = planes
+    value = tf.maximum(tf.maximum(red, green), blue)
+    return value, value - tf.minimum(tf.minimum(red, green), blue)
+
+
+def _blur_matrix(sigma, size):
+    """float32 [B, size, size]: the weight of every input pixel in every output pixel of a line."""
+    radius = size // 10 // 2
+    positions = tf.range(size, dtype=tf.float32)
+    distance = positions[:, tf.newaxis] - positions
+    taps = tf.range(-radius, radius + 1, dtype=tf.float32)
+    scale = -0.5 / tf.square(sigma)[:, tf.newaxis, tf.newaxis]
+    total = tf.reduce_sum(tf.exp(scale * tf.square(taps)), -1, keepdims=True)
+    weights = tf.exp(scale * tf.square(distance)) / total
+    return tf.where(tf.abs(distance) <= radius, weights, 0.0)
+
+
+def _to_float(images):
+    if images.dtype == tf.uint8:
+        return tf.cast(images, tf.float32) / 255.0
+    return tf.cast(images, tf.float32)
+
+
+def _per_image(values):
+    return values[:, tf.newaxis, tf.newaxis]

@@ -1,0 +1,204 @@
+"""Where the images come from: TFDS data sets and folders, behind one `Source`."""
+
+import contextlib
+import dataclasses
+import difflib
+
+import tensorflow as tf
+from absl import logging
+
+_NETWORK_TIMEOUT = 10  # seconds; TFDS itself retries for minutes
+_REASON_LENGTH = 300  # of what TFDS says, in characters
+
+
+class DataError(ValueError):
+    """The data cannot be used. The message is one line that says what and the mend."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Encoded images in a fixed order.
+
+    Attributes:
+      dataset: a `tf.data.Dataset` of dicts of scalars: "index", int64, the position in the
+        source; "image", string, the encoded image; "label", int64, -1 where there is none;
+        "name", string.
+      num_examples: int.
+      class_names: tuple of strings, or None where there are no labels.
+      image_shape: (height, width, 3) where all decoded images are of this size, or None.
+    """
+
+    dataset: tf.data.Dataset
+    num_examples: int
+    class_names: tuple | None
+    image_shape: tuple | None
+
+
+def load(dataset, split, data_dir=None):
+    """Opens a data set; one from TFDS is downloaded and prepared if it has not been yet.
+
+    Args:
+      dataset: "image_folder", "shapes" (built in) or a TFDS name ("cifar10",
+        "imagenette/320px-v2").
+      split: a split of it, for TFDS with slices ("train[:10%]").
+      data_dir: the folder of images, or that of TFDS's prepared data sets (None for
+        `~/tensorflow_datasets`).
+
+    Returns: a `Source`.
+
+    Raises:
+      DataError: if there is no such data set or split, or it cannot be read.
+    """
+    if dataset == "image_folder":
+        from byol_tf.data import image_folder
+
+        return image_folder.load(split, data_dir)
+    builder = _builder(dataset, data_dir)
+    if not builder.is_prepared():
+        _prepare(builder, dataset, data_dir)
+    return _read(builder, dataset, split)
+
+
+def _builder(dataset, data_dir):
+    """The TFDS builder of a data set."""
+    if dataset == "shapes":
+        from byol_tf.data.shapes import Shapes
+
+        return Shapes(data_dir=data_dir)
+    import tensorflow_datasets as tfds  # slow to import
+
+    try:
+        return tfds.builder(dataset, data_dir=data_dir)
+    except tfds.core.registered.DatasetNotFoundError as error:
+        known = ["image_folder", "shapes", *tfds.list_builders(with_community_datasets=False)]
+        close = ", ".join(difflib.get_close_matches(dataset, known)) or "image_folder, shapes"
+        raise DataError(
+            f"--dataset={dataset}: no such data set; try {close}, or another of "
+            "https://www.tensorflow.org/datasets/catalog."
+        ) from error
+    # AssertionError for a wrong version; others for a wrong configuration or a bad name.
+    except (ValueError, AssertionError, ImportError, RuntimeError) as error:
+        raise DataError(
+            f"--dataset={dataset}: TFDS cannot open it; give NAME, NAME/CONFIG or NAME:VERSION "
+            f"({_one_line(error)})."
+        ) from error
+
+
+def _prepare(builder, dataset, data_dir):
+    """Downloads and prepares a data set as TFDS does, but fails within seconds and one line."""
+    import tensorflow_datasets as tfds
+
+    try:
+        _check_network(builder)
+        # Without a look at Google's bucket, which also waits long for a network.
+        config = tfds.download.DownloadConfig(try_download_gcs=False)
+        builder.download_and_prepare(download_config=config)
+    # Any of TFDS's thousand builders may raise anything.
+    except Exception as error:
+        where = f"--data_dir={data_dir}" if data_dir else "~/tensorflow_datasets"
+        raise DataError(
+            f"--dataset={dataset}: not prepared under {where}, and could not be now "
+            f"({type(error).__name__}: {_one_line(error)}): {_mend(dataset, data_dir)}."
+        ) from error
+
+
+def _mend(dataset, data_dir):
+    """What to do about a data set that could not be prepared."""
+    if dataset == "shapes":
+        return "choose a --data_dir that can be written"
+    place = f", data_dir={str(data_dir)!r}" if data_dir else ""
+    command = f"import tensorflow_datasets as tfds; tfds.load({dataset!r}{place})"
+    return f'run python -c "{command}" where it can be downloaded'
+
+
+def _check_network(builder):
+    """Raises an exception at once if what `builder` has to download is out of reach."""
+    import requests
+
+    urls = [url for url in builder.url_infos or () if url.startswith("http")]
+    if urls and not builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
+        requests.head(urls[0], timeout=_NETWORK_TIMEOUT)
+
+
+def _one_line(error):
+    line = " ".join(str(error).split())
+    return line if len(line) <= _REASON_LENGTH else line[:_REASON_LENGTH] + "..."
+
+
+def _read(builder, dataset, split):
+    """The `Source` of a split of a prepared TFDS data set."""
+    import tensorflow_datasets as tfds
+
+    features = builder.info.features
+    if not isinstance(_feature(features, "image"), tfds.features.Image):
+        raise DataError(
+            f"--dataset={dataset}: its examples have no feature 'image', only "
+            f"{', '.join(features)}: choose an image data set."
+        )
+    try:
+        num_examples = builder.info.splits[split].num_examples
+    except (KeyError, ValueError) as error:
+        raise DataError(
+            f"--dataset={dataset}: no split {split!r}; there are "
+            f"{', '.join(builder.info.splits)}, and parts of them as in 'train[:10%]'."
+        ) from error
+    label = _feature(features, "label")
+    has_label = isinstance(label, tfds.features.ClassLabel)
+    names = [name for name in ("file_name", "id") if name in features][:1]
+    wanted = ["image", *(["label"] if has_label else []), *names]
+    decoders = tfds.decode.PartialDecoding(
+        {name: True for name in wanted}, decoders={"image": tfds.decode.SkipDecoding()}
+    )
+    with _quiet():
+        examples = builder.as_dataset(
+            split=split, decoders=decoders, read_config=_read_config(), shuffle_files=False
+        )
+
+    def as_example(index, example):
+        return {
+            "index": index,
+            "image": example["image"],
+            "label": example["label"] if has_label else tf.constant(-1, tf.int64),
+            "name": tf.strings.as_string(example[names[0]])
+            if names
+            else tf.strings.join([split, "/", tf.strings.as_string(index)]),
+        }
+
+    height, width = features["image"].shape[:2]
+    return Source(
+        dataset=examples.enumerate().map(as_example),
+        num_examples=num_examples,
+        class_names=tuple(label.names) if has_label else None,
+        image_shape=(height, width, 3) if height and width else None,
+    )
+
+
+def _feature(features, name):
+    return features[name] if name in features else None
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Keeps back warnings: TFDS warns of its own use of what it has deprecated."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _read_config():
+    """Reads in one order, file after file, and without autotuning's threads."""
+    import tensorflow_datasets as tfds
+
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return tfds.ReadConfig(
+        options=options,
+        try_autocache=False,
+        interleave_cycle_length=1,
+        num_parallel_calls_for_decode=1,
+        num_parallel_calls_for_interleave_files=1,
+        skip_prefetch=True,
+    )

@@ -48,7 +48,7 @@ def write(root, *names, content=None):
 
 
 def examples(loaded):
-    found = list(loaded.dataset.as_numpy_iterator())
+    found = list(loaded.dataset.map(loaded.example).as_numpy_iterator())
     assert len(found) == loaded.num_examples
     assert [example["index"] for example in found] == list(range(len(found)))
     return found

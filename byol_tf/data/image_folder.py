@@ -147,19 +147,12 @@ def _source(root, names, class_names, depth):
         "name": [os.fsencode(name) for name in names],
     }
 
-    def read(example):
-        return {
-            "index": example["index"],
-            "image": tf.io.read_file(example["path"]),
-            "label": example["label"],
-            "name": example["name"],
-        }
-
     return Source(
-        dataset=tf.data.Dataset.from_tensor_slices(slices).map(read),
+        dataset=tf.data.Dataset.from_tensor_slices(slices),
         num_examples=len(names),
         class_names=class_names,
         image_shape=None,
+        read=lambda record: tf.io.read_file(record["path"]),
     )
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import difflib
+from collections.abc import Callable
 
 import tensorflow as tf
 from absl import logging
@@ -20,18 +21,31 @@ class Source:
     """Encoded images in a fixed order.
 
     Attributes:
-      dataset: a `tf.data.Dataset` of dicts of scalars: "index", int64, the position in the
-        source; "image", string, the encoded image; "label", int64, -1 where there is none;
-        "name", string.
+      dataset: a `tf.data.Dataset` of records, dicts of scalars: "index", int64, the position
+        in the source; "image", string, the encoded image; "label", int64, -1 where there is
+        none; "name", string.
       num_examples: int.
       class_names: tuple of strings, or None where there are no labels.
       image_shape: (height, width, 3) where all decoded images are of this size, or None.
+      read: where the images are files of their own, the records have no "image" but what
+        this function of a record needs to read it, so that they can be shuffled and skipped
+        unread.
     """
 
     dataset: tf.data.Dataset
     num_examples: int
     class_names: tuple | None
     image_shape: tuple | None
+    read: Callable | None = None
+
+    def example(self, record):
+        """A record with its encoded image: "index", "image", "label" and "name"."""
+        if self.read is None:
+            return {name: record[name] for name in ("index", "image", "label", "name")}
+        return {
+            **{name: record[name] for name in ("index", "label", "name")},
+            "image": self.read(record),
+        }
 
 
 def load(dataset, split, data_dir=None):

@@ -10,7 +10,8 @@ from byol_tf.data import augment, crop, decode
 
 # Decoded images of one common size up to this many bytes stay in memory between epochs.
 _CACHE_BYTES = 2**30
-_SHUFFLE_BUFFER = 50_000
+# Of a data set that is streamed, and stored in random order already: 2 GB of ImageNet.
+_SHUFFLED_RECORDS = 16_384
 _DRAWS = crop.NUM_DRAWS + augment.NUM_DRAWS
 
 
@@ -54,28 +55,35 @@ def pretrain_batches(
     """
     per_epoch = steps_per_epoch(source, batch_size)
     start_epoch, skipped_batches = divmod(start_step, per_epoch)
-    examples, crop_pair = _cropping(source, image_size)
+    in_memory = _fits_in_memory(source)
+    records = _decoded(source).cache() if in_memory else source.dataset
+    light = in_memory or source.read is not None
+    shuffle_buffer = source.num_examples if light else _SHUFFLED_RECORDS
 
     def one_epoch(epoch):
+        # Of this function's graph only: without it the user's global seed changes the order.
+        tf.random.set_seed(1)
         skipped = tf.where(epoch == start_epoch, skipped_batches * batch_size, 0)
-        shuffled = examples.shuffle(
-            min(source.num_examples, _SHUFFLE_BUFFER),
-            seed=seed * 1_000_003 + epoch,
-            reshuffle_each_iteration=False,
+        shuffled = records.shuffle(
+            shuffle_buffer, seed=seed * 1_000_003 + epoch, reshuffle_each_iteration=False
         )
         return (
             shuffled.take(per_epoch * batch_size)
             .skip(tf.cast(skipped, tf.int64))
-            .map(lambda example: {**example, "draws": _draw(seed, epoch, example["index"])})
+            .map(lambda record: {**record, "draws": _draw(seed, epoch, record["index"])})
         )
 
-    batches = crop_pair(
-        tf.data.Dataset.range(start_epoch, epochs).flat_map(one_epoch), batch_size
-    )
+    examples = tf.data.Dataset.range(start_epoch, epochs).flat_map(one_epoch)
+    if in_memory:
+        examples = examples.batch(batch_size, drop_remainder=True)
+        batches = _map(examples, lambda batch: _crop_batch(batch, image_size))
+    else:
+        cropped = _map(examples, lambda record: _crop_encoded(source, record, image_size))
+        batches = cropped.batch(batch_size, drop_remainder=True)
     if source.class_names is None:
         batches = batches.map(lambda batch: {k: v for k, v in batch.items() if k != "label"})
     if augment_on == "host":
-        batches = batches.map(augment_batch, num_parallel_calls=2, deterministic=True)
+        batches = _map(batches, augment_batch)
     return batches.with_options(_options()).prefetch(2)
 
 
@@ -96,13 +104,14 @@ def eval_batches(source, *, image_size, batch_size=256):
       "index", int64 [B], "name", string [B]. The last batch may be smaller.
     """
 
-    def centre(example):
+    def centre(record):
+        example = source.example(record)
         image = crop.centre_crop_and_resize(decode.decode(example["image"]), image_size)
         image = tf.ensure_shape(image, [image_size, image_size, 3])
         return {**example, "image": image}
 
-    batches = source.dataset.map(centre, num_parallel_calls=2, deterministic=True)
-    return batches.batch(batch_size).with_options(_options()).prefetch(2)
+    batches = _map(source.dataset, centre).batch(batch_size)
+    return batches.with_options(_options()).prefetch(2)
 
 
 def _draw(seed, epoch, index):
@@ -111,44 +120,25 @@ def _draw(seed, epoch, index):
     return tf.random.stateless_uniform([2, _DRAWS], key)
 
 
-def _cropping(source, image_size):
-    """Chooses how to crop: (examples, function of examples and batch size to cropped batches).
-
-    Small images of one size are decoded once, kept, and cropped a batch at a time; others
-    are decoded anew for every crop, which reads only the part that the crop needs.
-    """
+def _fits_in_memory(source):
+    """Whether the decoded images, all of one size, are worth keeping."""
     shape = source.image_shape
-    if shape and source.num_examples * shape[0] * shape[1] * shape[2] <= _CACHE_BYTES:
+    return bool(shape) and source.num_examples * shape[0] * shape[1] * shape[2] <= _CACHE_BYTES
 
-        def decode_whole(example):
-            image = tf.ensure_shape(decode.decode(example["image"]), shape)
-            return {"image": image, "index": example["index"], "label": example["label"]}
 
-        decoded = source.dataset.map(decode_whole, num_parallel_calls=2, deterministic=True)
+def _decoded(source):
+    """The source's images as pixels, whole, with index and label."""
 
-        def crop_batches(examples, batch_size):
-            batches = examples.batch(batch_size, drop_remainder=True)
-            return batches.map(
-                lambda batch: _crop_batch(batch, image_size),
-                num_parallel_calls=2,
-                deterministic=True,
-            )
+    def decode_whole(record):
+        example = source.example(record)
+        image = tf.ensure_shape(decode.decode(example["image"]), source.image_shape)
+        return {"image": image, "index": example["index"], "label": example["label"]}
 
-        return decoded.cache(), crop_batches
-
-    def crop_one_by_one(examples, batch_size):
-        cropped = examples.map(
-            lambda example: _crop_encoded(example, image_size),
-            num_parallel_calls=2,
-            deterministic=True,
-        )
-        return cropped.batch(batch_size, drop_remainder=True)
-
-    return source.dataset, crop_one_by_one
+    return _map(source.dataset, decode_whole)
 
 
 def _crop_batch(batch, image_size):
-    """Two crops of every decoded image of a batch, for `_cropping`."""
+    """Two crops of every decoded image of a batch, in a few matmuls."""
     images, draws = batch["image"], batch["draws"]
     cropped = {"label": batch["label"]}
     for i in range(2):
@@ -160,9 +150,10 @@ def _crop_batch(batch, image_size):
     return cropped
 
 
-def _crop_encoded(example, image_size):
-    """Two crops of one encoded image, for `_cropping`."""
-    encoded, draws = example["image"], example["draws"]
+def _crop_encoded(source, record, image_size):
+    """Two crops of one encoded image, of which each decodes only the part that it needs."""
+    example, draws = source.example(record), record["draws"]
+    encoded = example["image"]
     height, width = tf.unstack(decode.image_size(encoded))
     cropped = {"label": example["label"]}
     for i in range(2):
@@ -171,6 +162,10 @@ def _crop_encoded(example, image_size):
         cropped[f"view{i + 1}"] = tf.ensure_shape(view, [image_size, image_size, 3])
         cropped[f"draws{i + 1}"] = draws[i, crop.NUM_DRAWS :]
     return cropped
+
+
+def _map(dataset, function):
+    return dataset.map(function, num_parallel_calls=2, deterministic=True)
 
 
 def _options():

@@ -59,13 +59,14 @@ def draw(figure, rng):
 
 
 def _background(rng, axis):
-    """Two colours, blended by a smooth random texture: float32 [N, N, 3]."""
-    coarse = rng.random((5, 5), dtype=np.float32)
-    at = axis / _SIZE * 4
-    blend = np.apply_along_axis(lambda row: np.interp(at, np.arange(5), row), 0, coarse)
-    blend = np.apply_along_axis(lambda row: np.interp(at, np.arange(5), row), 1, blend)
-    first, second = _colour(rng, 0.3, 0.7), _colour(rng, 0.3, 0.7)
-    return (first + blend[..., np.newaxis] * (second - first)).astype(np.float32)
+    """A smooth random texture of colours that say nothing of each other: float32 [N, N, 3]."""
+    knots = np.float32([[_colour(rng, 0.3, 0.7) for _ in range(5)] for _ in range(5)])
+    position = axis / _SIZE * 4
+    low = np.minimum(position.astype(int), 3)
+    blend = (position - low)[:, np.newaxis, np.newaxis]
+    rows = knots[low] * (1 - blend) + knots[low + 1] * blend
+    blend = blend[:, 0]
+    return rows[:, low] * (1 - blend) + rows[:, low + 1] * blend
 
 
 def _lighting(rng, axis):

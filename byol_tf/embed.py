@@ -1,0 +1,58 @@
+"""Writes embeddings to a file that NumPy or any table tool reads."""
+
+import pathlib
+
+import numpy as np
+
+FORMATS = (".npz", ".parquet")
+
+
+def write_embeddings(features, path, class_names=None):
+    """Writes one row an image: its embedding, name and label.
+
+    An .npz file holds "embedding", float32 [N, D], "name", string [N], and, where there are
+    labels, "label", int64 [N], and "class_names". A .parquet file has the columns "name",
+    "embedding" (a list of D floats), "label" and "class_name" (null where there is none).
+
+    Args:
+      features: `byol_tf.evaluation.Features`.
+      path: ends in .npz or .parquet.
+      class_names: names of the labels, or None.
+
+    Raises:
+      ValueError: for another ending.
+    """
+    path = pathlib.Path(path)
+    if path.suffix not in FORMATS:
+        raise ValueError(f"{path}: must end in {' or '.join(FORMATS)}.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}{path.suffix}")  # savez appends a missing .npz
+    write = _write_npz if path.suffix == ".npz" else _write_parquet
+    write(features, unfinished, class_names)
+    unfinished.replace(path)
+
+
+def _write_npz(features, path, class_names):
+    labels = {}
+    if class_names is not None:
+        labels = {"label": features.labels, "class_names": np.array(class_names)}
+    np.savez(path, embedding=features.vectors, name=np.array(features.names), **labels)
+
+
+def _write_parquet(features, path, class_names):
+    import pyarrow
+    import pyarrow.parquet
+
+    size = features.vectors.shape[1]
+    flat = pyarrow.array(features.vectors.reshape(-1))
+    labels = [int(label) if label >= 0 else None for label in features.labels]
+    names = [class_names[label] if label is not None else None for label in labels]
+    table = pyarrow.table(
+        {
+            "name": pyarrow.array(features.names, pyarrow.string()),
+            "embedding": pyarrow.FixedSizeListArray.from_arrays(flat, size),
+            "label": pyarrow.array(labels, pyarrow.int64()),
+            "class_name": pyarrow.array(names, pyarrow.string()),
+        }
+    )
+    pyarrow.parquet.write_table(table, path)

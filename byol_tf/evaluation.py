@@ -1,0 +1,126 @@
+"""How good a representation is: k-nearest neighbours and a linear probe on frozen features."""
+
+import dataclasses
+
+import numpy as np
+
+from byol_tf.data import augment, views
+from byol_tf.keras_api import keras
+
+TEMPERATURE = 0.07  # of the neighbours' votes (Wu et al. 2018)
+_CHUNK = 1024  # queries compared at a time, to bound memory
+_PROBE_STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)  # scikit-learn's C, tried on a held-out part
+_HELD_OUT = 0.1  # of the training images
+_PROBE_ITERATIONS = 200
+
+
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """One vector an image, in the source's order.
+
+    Attributes:
+      vectors: float32 [N, D].
+      labels: int64 [N], -1 where there is none.
+      names: list of N strings.
+    """
+
+    vectors: np.ndarray
+    labels: np.ndarray
+    names: list
+
+
+def extract_features(encoder, source, *, image_size, batch_size=256):
+    """Runs every image of a source, centre-cropped, through a frozen encoder.
+
+    Args:
+      encoder: a `keras.Model` from normalised images to vectors; runs in inference mode.
+      source: a `byol_tf.data.source.Source`.
+      image_size: side of the encoder's input in pixels.
+      batch_size: images at a time.
+
+    Returns: `Features` with D the encoder's output size.
+    """
+    images = keras.Input((image_size, image_size, 3), dtype="uint8")
+    embed = keras.Model(images, encoder(augment.normalize(images), training=False))
+    return _collect(source, image_size, batch_size, embed.predict_on_batch)
+
+
+def raw_pixels(source, *, image_size):
+    """`Features` of the normalised pixels themselves: what no learning at all gives."""
+
+    def flatten(images):
+        return augment.normalize(images).numpy().reshape(len(images), -1)
+
+    return _collect(source, image_size, 256, flatten)
+
+
+def _collect(source, image_size, batch_size, vectors_of):
+    vectors, labels, names = [], [], []
+    for batch in views.eval_batches(source, image_size=image_size, batch_size=batch_size):
+        vectors.append(np.asarray(vectors_of(batch["image"]), np.float32))
+        labels.append(batch["label"].numpy())
+        names += [name.decode(errors="replace") for name in batch["name"].numpy()]
+    return Features(np.concatenate(vectors), np.concatenate(labels), names)
+
+
+def knn_accuracy(train, test, *, k=20, temperature=TEMPERATURE):
+    """Top-1 accuracy of a vote among the k nearest training images (Wu et al. 2018).
+
+    Nearest by cosine similarity s; each votes for its label with weight exp(s / temperature).
+
+    Args:
+      train, test: `Features`, of images kept apart.
+      k: number of voters; all training images where there are fewer.
+      temperature: of the vote.
+
+    Returns: a float in [0, 1].
+    """
+    train_vectors, test_vectors = _unit(train.vectors), _unit(test.vectors)
+    k = min(k, len(train_vectors))
+    num_classes = int(max(train.labels.max(), test.labels.max())) + 1
+    correct = 0
+    for start in range(0, len(test_vectors), _CHUNK):
+        similarity = test_vectors[start : start + _CHUNK] @ train_vectors.T
+        nearest = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
+        similarity = np.take_along_axis(similarity, nearest, axis=1)
+        weights = np.exp((similarity - 1.0) / temperature)  # at most 1: no overflow
+        votes = np.zeros((len(nearest), num_classes))
+        rows = np.arange(len(nearest))[:, np.newaxis]
+        np.add.at(votes, (rows, train.labels[nearest]), weights)
+        correct += np.sum(votes.argmax(1) == test.labels[start : start + _CHUNK])
+    return float(correct / len(test_vectors))
+
+
+def linear_probe_accuracy(train, test, *, seed=0):
+    """Top-1 accuracy of logistic regression on the frozen features, fitted by L-BFGS.
+
+    Features are standardised by the training images' mean and deviation. The strength of
+    the L2 regularisation is chosen on a tenth of the training images, then all are fitted.
+
+    Args:
+      train, test: `Features`, of images kept apart.
+      seed: of the choice of the held-out tenth.
+
+    Returns: a float in [0, 1].
+    """
+    from sklearn.linear_model import LogisticRegression  # slow to import
+    from sklearn.preprocessing import StandardScaler
+
+    scaler = StandardScaler().fit(train.vectors)
+    vectors, test_vectors = scaler.transform(train.vectors), scaler.transform(test.vectors)
+    order = np.random.default_rng(seed).permutation(len(vectors))
+    held_out, fitted = np.split(order, [max(1, int(_HELD_OUT * len(order)))])
+
+    def fit(rows, strength):
+        probe = LogisticRegression(C=strength, max_iter=_PROBE_ITERATIONS)
+        return probe.fit(vectors[rows], train.labels[rows])
+
+    def held_out_accuracy(strength):
+        return fit(fitted, strength).score(vectors[held_out], train.labels[held_out])
+
+    best = max(_PROBE_STRENGTHS, key=held_out_accuracy)
+    return float(fit(order, best).score(test_vectors, test.labels))
+
+
+def _unit(vectors):
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)

@@ -1,0 +1,68 @@
+"""The encoder as a SavedModel that serves: images or encoded bytes in, embeddings out."""
+
+import os
+import pathlib
+import shutil
+
+import tensorflow as tf
+
+from byol_tf.data import augment, crop, decode
+
+
+def export(encoder, directory, *, image_size):
+    """Writes a SavedModel that needs neither byol_tf nor Keras to be loaded.
+
+    Signatures, both with the output "embedding", float32 [N, D]:
+
+    * "serving_default": "images", uint8 [N, H, W, 3] of any height and width,
+    * "serving_bytes": "image_bytes", string [N], whole JPEG, PNG, BMP or GIF files.
+
+    Both crop the centre, resize and normalise inside, exactly as the evaluation does. What
+    was at `directory` is replaced only when the new model is complete.
+
+    Args:
+      encoder: a `keras.Model` from normalised images to vectors.
+      directory: path of the SavedModel.
+      image_size: side of the encoder's input in pixels.
+    """
+    module = tf.Module()
+    module.weights = list(encoder.weights)  # without the layers: no Keras in the SavedModel
+
+    def embed(cropped):
+        embedding = encoder(augment.normalize(cropped), training=False)
+        return {"embedding": tf.cast(embedding, tf.float32)}
+
+    @tf.function(input_signature=[tf.TensorSpec([None, None, None, 3], tf.uint8, "images")])
+    def serve_images(images):
+        cropped = crop.centre_crop_and_resize(images, image_size)
+        return embed(tf.ensure_shape(cropped, [None, image_size, image_size, 3]))
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string, "image_bytes")])
+    def serve_bytes(image_bytes):
+        cropped = tf.map_fn(
+            lambda encoded: crop.centre_crop_and_resize(decode.decode(encoded), image_size),
+            image_bytes,
+            fn_output_signature=tf.TensorSpec([image_size, image_size, 3], tf.uint8),
+        )
+        return embed(cropped)
+
+    directory = pathlib.Path(directory)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = directory.with_name(f".{directory.name}.{os.getpid()}")
+    tf.saved_model.save(
+        module,
+        str(unfinished),
+        signatures={"serving_default": serve_images, "serving_bytes": serve_bytes},
+    )
+    replace_directory(unfinished, directory)
+
+
+def replace_directory(new, old):
+    """Puts the directory `new` in the place of `old`, which may not exist yet."""
+    if old.exists():
+        aside = old.with_name(f".{old.name}.old.{os.getpid()}")
+        old.rename(aside)
+        new.rename(old)
+        shutil.rmtree(aside)
+    else:
+        new.rename(old)

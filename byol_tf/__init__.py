@@ -1,0 +1,36 @@
+"""BYOL, "Bootstrap Your Own Latent" (Grill et al. 2020), for TensorFlow.
+
+The names below are the library; they are imported on first use, so that `main.py` can read
+its flags before TensorFlow loads.
+"""
+
+import importlib
+
+_HOME = {
+    "BYOL": "model",
+    "LARS": "optimizers",
+    "TargetNetworkUpdate": "target_update",
+    "WarmupCosine": "schedules",
+    "UserError": "errors",
+    "augment_batch": "data.views",
+    "eval_batches": "data.views",
+    "export": "export",
+    "extract_features": "evaluation",
+    "knn_accuracy": "evaluation",
+    "linear_probe_accuracy": "evaluation",
+    "load_source": "data.source",
+    "make_optimizer": "optimizers",
+    "pretrain_batches": "data.views",
+    "resnet": "resnet",
+    "steps_per_epoch": "data.views",
+    "target_ema": "schedules",
+}
+__all__ = list(_HOME)
+
+
+def __getattr__(name):
+    if name not in _HOME:
+        raise AttributeError(f"module 'byol_tf' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"byol_tf.{_HOME[name]}"), name)
+    globals()[name] = value  # over a submodule of the same name, too
+    return value

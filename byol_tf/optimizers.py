@@ -2,6 +2,7 @@
 
 import tensorflow as tf
 
+from byol_tf.errors import UserError
 from byol_tf.keras_api import keras
 
 # Biases and batch normalisation: neither decayed nor, by LARS, rescaled.
@@ -87,7 +88,8 @@ def make_optimizer(name, learning_rate, weight_decay):
     gradient, as Keras does. "lamb" comes from TensorFlow Addons.
 
     Raises:
-      ValueError: for an unknown name, or "lamb" where TensorFlow Addons is absent.
+      ValueError: for an unknown name.
+      UserError: for "lamb" where TensorFlow Addons is absent.
     """
     if name == "lars":
         return LARS(learning_rate, weight_decay)
@@ -107,7 +109,7 @@ def _lamb(learning_rate, weight_decay):
     try:
         import tensorflow_addons as tfa
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             "--optimizer=lamb needs TensorFlow Addons, which exists for Python 3.10 and 3.11 "
             "only: use one of those, or --optimizer=lars."
         ) from error

@@ -12,6 +12,7 @@ from absl import logging
 from PIL import Image
 
 from byol_tf.data import decode, image_folder, source
+from byol_tf.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -59,13 +60,13 @@ def names(loaded):
 
 
 def load(root, split="all"):
-    return source.load("image_folder", split, str(root))
+    return source.load_source("image_folder", split, str(root))
 
 
 def error_of(*arguments):
-    """The message of the DataError, which must be one line."""
-    with pytest.raises(source.DataError) as caught:
-        source.load(*arguments)
+    """The message of the UserError, which must be one line."""
+    with pytest.raises(UserError) as caught:
+        source.load_source(*arguments)
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -297,7 +298,7 @@ def prepared(tmp_path_factory):
 
 
 def test_tfds(prepared):
-    loaded = source.load("tinyset", "train", prepared)
+    loaded = source.load_source("tinyset", "train", prepared)
     assert loaded.class_names == ("even", "odd")
     assert loaded.image_shape == (12, 15, 3)
     assert loaded.num_examples == 16
@@ -309,13 +310,13 @@ def test_tfds(prepared):
 
 
 def test_tfds_parts_of_splits(prepared):
-    assert names(source.load("tinyset", "train[:25%]", prepared)) == [f"{i}.png" for i in range(4)]
-    assert names(source.load("tinyset", "train[-2:]", prepared)) == ["14.png", "15.png"]
-    assert source.load("tinyset", "train+test", prepared).num_examples == 20
+    assert names(source.load_source("tinyset", "train[:25%]", prepared)) == [f"{i}.png" for i in range(4)]
+    assert names(source.load_source("tinyset", "train[-2:]", prepared)) == ["14.png", "15.png"]
+    assert source.load_source("tinyset", "train+test", prepared).num_examples == 20
 
 
 def test_tfds_without_labels(prepared):
-    loaded = source.load("unlabelled", "test", prepared)
+    loaded = source.load_source("unlabelled", "test", prepared)
     assert loaded.class_names is None
     assert loaded.image_shape is None
     assert [example["label"] for example in examples(loaded)] == [-1] * 4
@@ -352,13 +353,13 @@ def test_tfds_that_must_be_downloaded_by_hand(tmp_path, monkeypatch):
 
 
 def test_tfds_prepares_what_is_not_there(tmp_path):
-    assert source.load("tinyset", "test", str(tmp_path)).num_examples == 4
+    assert source.load_source("tinyset", "test", str(tmp_path)).num_examples == 4
     assert (tmp_path / "tinyset" / "1.0.0" / "dataset_info.json").exists()
 
 
 def test_warnings_are_only_held_back_for_a_moment(prepared):
     before = logging.get_verbosity()
-    source.load("tinyset", "train", prepared)
+    source.load_source("tinyset", "train", prepared)
     assert logging.get_verbosity() == before
 
 
@@ -366,7 +367,7 @@ def test_shapes_go_the_same_way(tmp_path, monkeypatch):
     from byol_tf.data import shapes
 
     monkeypatch.setattr(shapes, "Shapes", Tinyset)
-    assert source.load("shapes", "test", str(tmp_path)).num_examples == 4
+    assert source.load_source("shapes", "test", str(tmp_path)).num_examples == 4
     file = tmp_path / "file"
     file.touch()
     message = error_of("shapes", "test", str(file))

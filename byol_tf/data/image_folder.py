@@ -11,7 +11,8 @@ import tensorflow as tf
 from absl import logging
 
 from byol_tf.data import decode
-from byol_tf.data.source import DataError, Source
+from byol_tf.data.source import Source
+from byol_tf.errors import UserError
 
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif")
 _SPLIT_FOLDERS = {"train": "train", "test": "test", "validation": "validation", "val": "validation"}
@@ -36,23 +37,23 @@ def load(split, data_dir):
     Returns: a `byol_tf.data.source.Source`; its names are paths relative to `data_dir`.
 
     Raises:
-      DataError: if there is no such folder or split, or no readable image in it.
+      UserError: if there is no such folder or split, or no readable image in it.
     """
     root = _root(data_dir)
     files = _image_files(root)
     if not files:
-        raise DataError(
+        raise UserError(
             f"--data_dir={root}: no image in this folder (*{', *'.join(_EXTENSIONS)}): "
             "give the folder that holds the images."
         )
     splits, depth = _splits(files, root)
     canonical = _SPLIT_FOLDERS.get(split, split)
     if canonical not in splits:
-        raise DataError(f"--data_dir={root}: no split {split!r}; there are {', '.join(splits)}.")
+        raise UserError(f"--data_dir={root}: no split {split!r}; there are {', '.join(splits)}.")
     class_names = _class_names(splits["all"], depth)
     names = _verified(root, splits[canonical])
     if not names:
-        raise DataError(
+        raise UserError(
             f"--data_dir={root}: no readable image in split {split!r} (of "
             f"{len(splits[canonical])} files): add images."
         )
@@ -62,12 +63,12 @@ def load(split, data_dir):
 def _root(data_dir):
     """`data_dir` as a path that is sure to be a folder."""
     if not data_dir:
-        raise DataError("--data_dir is missing: --dataset=image_folder needs the images' folder.")
+        raise UserError("--data_dir is missing: --dataset=image_folder needs the images' folder.")
     root = pathlib.Path(data_dir).expanduser()
     if not root.exists():
-        raise DataError(f"--data_dir={data_dir}: no such folder: check the path.")
+        raise UserError(f"--data_dir={data_dir}: no such folder: check the path.")
     if not root.is_dir():
-        raise DataError(f"--data_dir={data_dir}: not a folder: give the one that holds the images.")
+        raise UserError(f"--data_dir={data_dir}: not a folder: give the one that holds the images.")
     return root
 
 
@@ -104,7 +105,7 @@ def _splits(files, root):
         return _splits_by_hash(files), 0
     if len(split_folders) == 1 and others:
         # A class of trains, or a split beside something else: a wrong guess would go unseen.
-        raise DataError(
+        raise UserError(
             f"--data_dir={root}: {split_folders[0]!r} beside {others[0]!r} could be a split or "
             "a class: rename it, or move the other folders out."
         )

@@ -8,12 +8,10 @@ from collections.abc import Callable
 import tensorflow as tf
 from absl import logging
 
+from byol_tf.errors import UserError
+
 _NETWORK_TIMEOUT = 10  # seconds; TFDS itself retries for minutes
 _REASON_LENGTH = 300  # of what TFDS says, in characters
-
-
-class DataError(ValueError):
-    """The data cannot be used. The message is one line that says what and the mend."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +46,7 @@ class Source:
         }
 
 
-def load(dataset, split, data_dir=None):
+def load_source(dataset, split, data_dir=None):
     """Opens a data set; one from TFDS is downloaded and prepared if it has not been yet.
 
     Args:
@@ -61,7 +59,7 @@ def load(dataset, split, data_dir=None):
     Returns: a `Source`.
 
     Raises:
-      DataError: if there is no such data set or split, or it cannot be read.
+      UserError: if there is no such data set or split, or it cannot be read.
     """
     if dataset == "image_folder":
         from byol_tf.data import image_folder
@@ -86,13 +84,13 @@ def _builder(dataset, data_dir):
     except tfds.core.registered.DatasetNotFoundError as error:
         known = ["image_folder", "shapes", *tfds.list_builders(with_community_datasets=False)]
         close = ", ".join(difflib.get_close_matches(dataset, known)) or "image_folder, shapes"
-        raise DataError(
+        raise UserError(
             f"--dataset={dataset}: no such data set; try {close}, or another of "
             "https://www.tensorflow.org/datasets/catalog."
         ) from error
     # AssertionError for a wrong version; others for a wrong configuration or a bad name.
     except (ValueError, AssertionError, ImportError, RuntimeError) as error:
-        raise DataError(
+        raise UserError(
             f"--dataset={dataset}: TFDS cannot open it; give NAME, NAME/CONFIG or NAME:VERSION "
             f"({_one_line(error)})."
         ) from error
@@ -110,7 +108,7 @@ def _prepare(builder, dataset, data_dir):
     # Any of TFDS's thousand builders may raise anything.
     except Exception as error:
         where = f"--data_dir={data_dir}" if data_dir else "~/tensorflow_datasets"
-        raise DataError(
+        raise UserError(
             f"--dataset={dataset}: not prepared under {where}, and could not be now "
             f"({type(error).__name__}: {_one_line(error)}): {_mend(dataset, data_dir)}."
         ) from error
@@ -145,14 +143,14 @@ def _read(builder, dataset, split):
 
     features = builder.info.features
     if not isinstance(_feature(features, "image"), tfds.features.Image):
-        raise DataError(
+        raise UserError(
             f"--dataset={dataset}: its examples have no feature 'image', only "
             f"{', '.join(features)}: choose an image data set."
         )
     try:
         num_examples = builder.info.splits[split].num_examples
     except (KeyError, ValueError) as error:
-        raise DataError(
+        raise UserError(
             f"--dataset={dataset}: no split {split!r}; there are "
             f"{', '.join(builder.info.splits)}, and parts of them as in 'train[:10%]'."
         ) from error

@@ -7,6 +7,7 @@ augmentation (float32), the last on the host or on the accelerator.
 import tensorflow as tf
 
 from byol_tf.data import augment, crop, decode
+from byol_tf.errors import UserError
 
 # Decoded images of one common size up to this many bytes stay in memory between epochs.
 _CACHE_BYTES = 2**30
@@ -19,10 +20,10 @@ def steps_per_epoch(source, batch_size):
     """Full batches in one pass over the source; the remainder is left out, as in the paper.
 
     Raises:
-      ValueError: if there are fewer images than one batch.
+      UserError: if there are fewer images than one batch.
     """
     if source.num_examples < batch_size:
-        raise ValueError(
+        raise UserError(
             f"--batch_size={batch_size} is larger than the data set "
             f"({source.num_examples} images): choose a smaller batch."
         )

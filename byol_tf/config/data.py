@@ -1,0 +1,26 @@
+"""The images, and what is made of them."""
+
+from absl import flags
+
+flags.DEFINE_string(
+    "dataset",
+    "imagenet2012",
+    "A TFDS name (cifar10, imagenette/320px-v2), image_folder, or shapes (built in).",
+)
+flags.DEFINE_string(
+    "data_dir", None, "Folder of the images, or of TFDS's prepared data sets. Default: TFDS's."
+)
+flags.DEFINE_string("train_split", "train", "Images to learn from; slices as in train[:10%].")
+flags.DEFINE_string("eval_split", "validation", "Labelled images to evaluate on.")
+flags.DEFINE_integer("image_size", 224, "Side of a view in pixels (paper: 224).", lower_bound=8)
+flags.DEFINE_string("embed_split", "all", "Images of --task=embed.")
+flags.DEFINE_string(
+    "embeddings_file",
+    "embeddings.npz",
+    "What --task=embed writes, .npz or .parquet; a relative path is below --workdir.",
+)
+
+
+@flags.validator("embeddings_file", message="must end in .npz or .parquet")
+def _known_format(path):
+    return path.endswith((".npz", ".parquet"))

@@ -1,0 +1,25 @@
+"""Where and in which precision to compute."""
+
+from absl import flags
+
+flags.DEFINE_enum(
+    "precision",
+    "float32",
+    ("float32", "bfloat16"),
+    "bfloat16: matrix products and convolutions; weights, loss and statistics stay float32.",
+)
+flags.DEFINE_enum(
+    "augment_on",
+    "host",
+    ("host", "accelerator"),
+    "Where colours, blur and solarization are computed.",
+)
+flags.DEFINE_enum(
+    "strategy",
+    "auto",
+    ("auto", "one_device", "mirrored"),
+    "mirrored: one replica a device; auto: mirrored where there are several.",
+)
+flags.DEFINE_integer(
+    "logical_cpus", 1, "Split the CPU into so many devices, to try replicas.", lower_bound=1
+)

@@ -1,0 +1,26 @@
+"""What to do, and where to write."""
+
+from absl import flags
+
+TASKS = ("pretrain", "knn", "linear_eval", "export", "embed")
+
+flags.DEFINE_list(
+    "task",
+    ["pretrain", "knn", "linear_eval", "export"],
+    f"What to do, in this order: a comma list of {', '.join(TASKS)}.",
+)
+flags.DEFINE_string(
+    "workdir",
+    "runs/byol",
+    "Folder of everything that the run writes. A run that is there already is resumed, and its "
+    "flags are taken where none are given.",
+)
+flags.DEFINE_integer("log_every", 20, "Steps between two lines of metrics.jsonl.", lower_bound=1)
+flags.DEFINE_integer("checkpoint_every", 1, "Epochs between two checkpoints.", lower_bound=1)
+flags.DEFINE_integer("seed", 0, "Of every random choice.", lower_bound=0, upper_bound=2**20)
+flags.DEFINE_boolean("deterministic", False, "The same bits on every run; slower.")
+
+
+@flags.validator("task", message=f"choose from {', '.join(TASKS)}")
+def _known_tasks(tasks):
+    return bool(tasks) and set(tasks) <= set(TASKS)

@@ -14,14 +14,14 @@ _HOME = {
     "UserError": "errors",
     "augment_batch": "data.views",
     "eval_batches": "data.views",
-    "export": "export",
+    "export_encoder": "export",
     "extract_features": "evaluation",
     "knn_accuracy": "evaluation",
     "linear_probe_accuracy": "evaluation",
     "load_source": "data.source",
     "make_optimizer": "optimizers",
     "pretrain_batches": "data.views",
-    "resnet": "resnet",
+    "resnet_encoder": "resnet",
     "steps_per_epoch": "data.views",
     "target_ema": "schedules",
 }
@@ -32,5 +32,5 @@ def __getattr__(name):
     if name not in _HOME:
         raise AttributeError(f"module 'byol_tf' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"byol_tf.{_HOME[name]}"), name)
-    globals()[name] = value  # over a submodule of the same name, too
+    globals()[name] = value
     return value

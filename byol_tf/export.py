@@ -9,7 +9,7 @@ import tensorflow as tf
 from byol_tf.data import augment, crop, decode
 
 
-def export(encoder, directory, *, image_size):
+def export_encoder(encoder, directory, *, image_size):
     """Writes a SavedModel that needs neither byol_tf nor Keras to be loaded.
 
     Signatures, both with the output "embedding", float32 [N, D]:

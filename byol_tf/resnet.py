@@ -39,7 +39,7 @@ def batch_norm(inputs, synchronized, name):
     )(inputs)
 
 
-def resnet(
+def resnet_encoder(
     name="resnet50",
     *,
     width_multiplier=1.0,

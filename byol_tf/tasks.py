@@ -1,0 +1,270 @@
+"""The tasks of `main.py`: flags in, files of the workdir out."""
+
+import contextlib
+import functools
+import math
+import pathlib
+import sys
+
+import tensorflow as tf
+from absl import flags, logging
+
+from byol_tf import evaluation, resnet, training, workdir
+from byol_tf.data import views
+from byol_tf.data.source import load_source
+from byol_tf.embed import write_embeddings
+from byol_tf.errors import UserError
+from byol_tf.export import export_encoder
+from byol_tf.keras_api import keras
+from byol_tf.model import BYOL
+from byol_tf.optimizers import make_optimizer
+from byol_tf.schedules import WarmupCosine
+from byol_tf.target_update import TargetNetworkUpdate
+
+FLAGS = flags.FLAGS
+
+
+def run():
+    """Runs the tasks of --task, in order."""
+    tasks = [task for task in TASKS if task in FLAGS.task]
+    saved = workdir.read_flags(FLAGS.workdir)
+    if _checkpoints().latest_checkpoint:
+        workdir.check_flags(saved, pretrain="pretrain" in tasks)
+    elif tasks[0] != "pretrain":
+        raise UserError(
+            f"--workdir={FLAGS.workdir}: no checkpoint there: run --task=pretrain first, or give "
+            "the folder of a run."
+        )
+    keras.utils.set_random_seed(FLAGS.seed)
+    if FLAGS.deterministic:
+        tf.config.experimental.enable_op_determinism()
+    for task in tasks:
+        TASKS[task]()
+
+
+def pretrain():
+    """Trains from the last checkpoint, if there is one, to the last step."""
+    source = load_source(FLAGS.dataset, FLAGS.train_split, FLAGS.data_dir)
+    per_epoch = views.steps_per_epoch(source, FLAGS.batch_size)
+    total_steps = per_epoch * FLAGS.epochs
+    strategy = _strategy()
+    with strategy.scope(), _policy(FLAGS.precision):
+        model = _build_model(source, strategy)
+        schedule = WarmupCosine(
+            FLAGS.base_learning_rate * FLAGS.batch_size / 256,
+            total_steps,
+            int(FLAGS.warmup_epochs * per_epoch),
+        )
+        model.compile(make_optimizer(FLAGS.optimizer, schedule, FLAGS.weight_decay))
+        model.optimizer.build(model.trainable_variables)
+        manager = _checkpoints(tf.train.Checkpoint(model=model))
+        if manager.latest_checkpoint:
+            logging.info("resuming from %s", manager.latest_checkpoint)
+            status = manager.checkpoint.restore(manager.latest_checkpoint)
+            status.assert_existing_objects_matched()
+    _folder().mkdir(parents=True, exist_ok=True)
+    workdir.write_flags(FLAGS.workdir)
+
+    def batches_from(step):
+        return views.pretrain_batches(
+            source,
+            image_size=FLAGS.image_size,
+            batch_size=FLAGS.batch_size,
+            epochs=FLAGS.epochs,
+            seed=FLAGS.seed,
+            start_step=step,
+            augment_on=FLAGS.augment_on,
+        )
+
+    watch = training.Watch(
+        _folder(),
+        log_every=FLAGS.log_every,
+        batch_size=FLAGS.batch_size,
+        total_steps=total_steps,
+        base_target_ema=FLAGS.base_target_ema,
+        manager=manager,
+    )
+    try:
+        training.train(
+            model,
+            batches_from,
+            steps_per_epoch=per_epoch,
+            epochs=FLAGS.epochs,
+            max_steps=FLAGS.max_steps,
+            callbacks=[
+                TargetNetworkUpdate(FLAGS.base_target_ema, total_steps),
+                watch,
+                training.Checkpoints(manager, FLAGS.checkpoint_every),
+            ],
+            verbose=1 if sys.stdout.isatty() else 2,  # a bar, or a line an epoch
+        )
+    except training.TrainingDiverged as error:
+        raise UserError(str(error)) from error
+    results = {"steps": int(model.optimizer.iterations)}
+    results["weights_sha256"] = workdir.weights_sha256(model)
+    if watch.images_per_second:
+        results["images_per_second"] = watch.images_per_second
+    workdir.update_results(FLAGS.workdir, **results)
+    _features.cache_clear()
+
+
+def _build_model(source, strategy):
+    encoder = _encoder(synchronized=strategy.num_replicas_in_sync > 1)
+    return BYOL(
+        encoder,
+        projector_hidden_size=FLAGS.projector_hidden_size,
+        projector_output_size=FLAGS.projector_output_size,
+        num_classes=len(source.class_names) if source.class_names else None,
+        augment=views.augment_batch if FLAGS.augment_on == "accelerator" else None,
+        random_target=True,  # as DeepMind's reference
+    )
+
+
+def knn():
+    """Evaluates by k-nearest neighbours; see `evaluation.knn_accuracy`."""
+    accuracies = {
+        "knn_top1": evaluation.knn_accuracy,
+        "knn200_top1": functools.partial(evaluation.knn_accuracy, k=200),
+    }
+    _evaluate(accuracies)
+
+
+def linear_eval():
+    """Evaluates by a linear probe; see `evaluation.linear_probe_accuracy`."""
+    accuracy = functools.partial(evaluation.linear_probe_accuracy, seed=FLAGS.seed)
+    _evaluate({"linear_top1": accuracy})
+
+
+def _evaluate(accuracies):
+    """Measures the encoder, the same at random initialisation, and raw pixels."""
+    train = load_source(FLAGS.dataset, FLAGS.train_split, FLAGS.data_dir)
+    if train.class_names is None:
+        logging.warning(
+            "skipped %s: --dataset=%s has no labels", " and ".join(accuracies), FLAGS.dataset
+        )
+        return
+    for what in ("trained", "random_init", "raw_pixels"):
+        train_features = _features(what, FLAGS.train_split)
+        test_features = _features(what, FLAGS.eval_split)
+        figures = {
+            name: accuracy(train_features, test_features) for name, accuracy in accuracies.items()
+        }
+        for name, value in figures.items():
+            print(f"{name:>12} {what:>12} {100 * value:6.2f} %", flush=True)
+        results = figures if what == "trained" else {what: figures}
+        workdir.update_results(FLAGS.workdir, **results)
+
+
+@functools.lru_cache(maxsize=None)
+def _features(what, split):
+    """Features of one split by the trained or the random encoder, or raw pixels."""
+    source = load_source(FLAGS.dataset, split, FLAGS.data_dir)
+    if what == "raw_pixels":
+        # More pixels make no better features, only larger ones.
+        features = evaluation.raw_pixels(source, image_size=min(FLAGS.image_size, 32))
+    else:
+        encoder = _trained_encoder() if what == "trained" else _random_encoder()
+        features = evaluation.extract_features(encoder, source, image_size=FLAGS.image_size)
+    if len(features.labels) and features.labels.min() < 0:
+        raise UserError(f"split {split!r} of --dataset={FLAGS.dataset} has images without labels.")
+    return features
+
+
+def export():
+    """Writes the encoder as a SavedModel."""
+    path = _folder() / "saved_model"
+    export_encoder(_trained_encoder(), path, image_size=FLAGS.image_size)
+    print(f"encoder exported to {path}")
+
+
+def embed():
+    """Writes the embeddings of the images of --embed_split."""
+    source = load_source(FLAGS.dataset, FLAGS.embed_split, FLAGS.data_dir)
+    features = evaluation.extract_features(
+        _trained_encoder(), source, image_size=FLAGS.image_size
+    )
+    path = _folder() / FLAGS.embeddings_file
+    write_embeddings(features, path, source.class_names)
+    print(f"{len(features.vectors)} embeddings written to {path}")
+
+
+TASKS = {
+    "pretrain": pretrain,
+    "knn": knn,
+    "linear_eval": linear_eval,
+    "export": export,
+    "embed": embed,
+}
+
+
+def _trained_encoder():
+    """The online encoder of the last checkpoint, in float32."""
+    with _policy("float32"):
+        encoder = _encoder()
+    online = tf.train.Checkpoint(model=tf.train.Checkpoint(online_encoder=encoder))
+    status = online.restore(_checkpoints().latest_checkpoint)
+    status.assert_existing_objects_matched().expect_partial()
+    return encoder
+
+
+def _random_encoder():
+    """The encoder as it was before the first step, in float32: the first thing drawn."""
+    keras.utils.set_random_seed(FLAGS.seed)
+    with _policy("float32"):
+        return _encoder()
+
+
+def _encoder(synchronized=False):
+    return resnet.resnet_encoder(
+        FLAGS.encoder,
+        width_multiplier=FLAGS.width_multiplier,
+        stem=FLAGS.stem,
+        image_size=FLAGS.image_size,
+        synchronized_batch_norm=synchronized,
+    )
+
+
+def _folder():
+    return pathlib.Path(FLAGS.workdir).expanduser()
+
+
+def _checkpoints(checkpoint=None):
+    return tf.train.CheckpointManager(
+        checkpoint or tf.train.Checkpoint(), str(_folder() / "checkpoints"), max_to_keep=2
+    )
+
+
+@contextlib.contextmanager
+def _policy(precision):
+    """Layers built inside compute in this precision."""
+    before = keras.mixed_precision.global_policy()
+    keras.mixed_precision.set_global_policy(
+        "mixed_bfloat16" if precision == "bfloat16" else "float32"
+    )
+    try:
+        yield
+    finally:
+        keras.mixed_precision.set_global_policy(before)
+
+
+def _strategy():
+    """The distribution strategy of --strategy over the GPUs, or else the logical CPUs."""
+    gpus = tf.config.list_logical_devices("GPU")
+    devices = gpus or tf.config.list_logical_devices("CPU")
+    several = len(devices) > 1
+    if FLAGS.strategy == "one_device" or (FLAGS.strategy == "auto" and not several):
+        return tf.distribute.get_strategy()
+    if FLAGS.batch_size % len(devices):
+        raise UserError(
+            f"--batch_size={FLAGS.batch_size}: must divide by the {len(devices)} replicas: "
+            f"take {math.ceil(FLAGS.batch_size / len(devices)) * len(devices)}."
+        )
+    return tf.distribute.MirroredStrategy([device.name for device in devices])
+
+
+def split_cpu(count):
+    """Makes `count` logical devices of the CPU; before TensorFlow does anything."""
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    tf.config.set_logical_device_configuration(
+        cpu, [tf.config.LogicalDeviceConfiguration()] * count
+    )

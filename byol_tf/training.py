@@ -1,0 +1,187 @@
+"""Pretraining from the first step to the last: `fit`, checkpoints, and a watch for trouble."""
+
+import json
+import time
+
+import tensorflow as tf
+from absl import logging
+
+from byol_tf.keras_api import keras
+from byol_tf.schedules import target_ema
+
+# Of the normalised projections, 1 on a uniform sphere. Healthy runs stay far above.
+_COLLAPSED_STD = 0.05
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss or a weight is no longer a finite number."""
+
+
+def train(model, batches_from, *, steps_per_epoch, epochs, max_steps, callbacks, verbose):
+    """Trains from the optimizer's step on to the last, exactly `model.fit`'s way.
+
+    Args:
+      model: a compiled `BYOL`.
+      batches_from: function from a step to the dataset of the batches from there on.
+      steps_per_epoch, epochs: of the whole run.
+      max_steps: stop there, or None.
+      callbacks, verbose: as in `fit`.
+    """
+    stop = steps_per_epoch * epochs
+    stop = min(stop, max_steps or stop)
+    start = int(model.optimizer.iterations)
+    for first, steps, whole_epochs in segments(start, stop, steps_per_epoch):
+        epoch = first // steps_per_epoch
+        model.fit(
+            batches_from(first).take(steps * whole_epochs),
+            initial_epoch=epoch,
+            epochs=epoch + whole_epochs,
+            steps_per_epoch=steps,
+            callbacks=callbacks,
+            verbose=verbose,
+        )
+
+
+def segments(start, stop, steps_per_epoch):
+    """Cuts the steps from start to stop into fits of equal epochs.
+
+    A run that resumes or stops amid an epoch has a short one there.
+
+    Yields: (first step, steps an epoch, number of epochs).
+    """
+    while start < stop:
+        epoch_end = (start // steps_per_epoch + 1) * steps_per_epoch
+        if start % steps_per_epoch or epoch_end > stop:
+            steps, whole_epochs = min(epoch_end, stop) - start, 1
+        else:
+            steps, whole_epochs = steps_per_epoch, (stop - start) // steps_per_epoch
+        yield start, steps, whole_epochs
+        start += steps * whole_epochs
+
+
+class Checkpoints(keras.callbacks.Callback):
+    """Saves model and optimizer every few epochs and at the end, never one with a NaN.
+
+    Args:
+      manager: a `tf.train.CheckpointManager`.
+      every: epochs between two.
+    """
+
+    _supports_tf_logs = True
+
+    def __init__(self, manager, every):
+        super().__init__()
+        self.manager = manager
+        self.every = every
+
+    def on_epoch_end(self, epoch, logs=None):
+        if (epoch + 1) % self.every == 0:
+            self._save()
+
+    def on_train_end(self, logs=None):
+        self._save()
+
+    def _save(self):
+        step = int(self.model.optimizer.iterations)
+        latest = self.manager.latest_checkpoint
+        if latest and latest.endswith(f"-{step}"):
+            return
+        for weight in self.model.trainable_weights:
+            if not bool(tf.reduce_all(tf.math.is_finite(weight))):
+                raise _diverged(f"the weight {weight.name}", step, latest)
+        self.manager.save(checkpoint_number=step)
+
+
+class Watch(keras.callbacks.Callback):
+    """Logs to metrics.jsonl and TensorBoard, and looks out for collapse and NaN.
+
+    Every logged figure is the mean since the line before. `images_per_second` leaves out
+    the first step, which compiles.
+
+    Args:
+      workdir: folder of metrics.jsonl and tensorboard/.
+      log_every: steps between two lines.
+      batch_size: global, in images.
+      total_steps, base_target_ema: of the target's schedule, to log tau.
+      manager: a `tf.train.CheckpointManager`, to name the last checkpoint in an error.
+    """
+
+    _supports_tf_logs = True  # copies the logs to the host only when a line is due
+
+    def __init__(self, workdir, *, log_every, batch_size, total_steps, base_target_ema, manager):
+        super().__init__()
+        self.metrics_file = workdir / "metrics.jsonl"
+        self.writer = tf.summary.create_file_writer(str(workdir / "tensorboard"))
+        self.log_every = log_every
+        self.batch_size = batch_size
+        self.total_steps = total_steps
+        self.base_target_ema = base_target_ema
+        self.manager = manager
+        self.images_per_second = None
+        self._step = 0
+        self._timed_steps = 0
+        self._started = None
+        self._collapsed = False
+
+    def on_train_begin(self, logs=None):
+        self._step = int(self.model.optimizer.iterations)
+        self._timed_steps = 0
+        self._started = None
+
+    def on_train_batch_end(self, batch, logs=None):
+        self._step += 1
+        if self._started is None:
+            self._started = time.perf_counter()
+        else:
+            self._timed_steps += 1
+        if self._step % self.log_every == 0:
+            self._log(logs)
+
+    def on_train_end(self, logs=None):
+        self._time()
+        self.writer.flush()
+
+    def _time(self):
+        if self._timed_steps:
+            seconds = time.perf_counter() - self._started
+            self.images_per_second = self._timed_steps * self.batch_size / seconds
+
+    def _log(self, logs):
+        figures = {name: float(value) for name, value in logs.items()}
+        self.model.reset_metrics()  # the next line begins anew
+        self._time()
+        k = self._step - 1
+        figures["target_ema"] = float(target_ema(k, self.base_target_ema, self.total_steps))
+        figures["learning_rate"] = float(self.model.optimizer.learning_rate)
+        if self.images_per_second:
+            figures["images_per_second"] = self.images_per_second
+        if not all(map(_is_finite, figures.values())):
+            raise _diverged("the loss", self._step, self.manager.latest_checkpoint)
+        with self.metrics_file.open("a") as file:
+            file.write(json.dumps({"step": self._step, **figures}) + "\n")
+        with self.writer.as_default(step=self._step):
+            for name, value in figures.items():
+                tf.summary.scalar(name, value)
+        self._look_for_collapse(figures["projection_std"])
+
+    def _look_for_collapse(self, projection_std):
+        collapsed = projection_std < _COLLAPSED_STD
+        if collapsed and not self._collapsed:
+            logging.warning(
+                "COLLAPSE at step %d: all images get the same projection (projection_std "
+                "%.4f; 1 is healthy): raise --base_target_ema or lower --base_learning_rate.",
+                self._step,
+                projection_std,
+            )
+        self._collapsed = collapsed
+
+
+def _is_finite(value):
+    return abs(value) < float("inf")
+
+
+def _diverged(what, step, checkpoint):
+    return TrainingDiverged(
+        f"stopped at step {step}: {what} is not a finite number. The last good checkpoint is "
+        f"{checkpoint or 'none yet'}: lower --base_learning_rate or raise --warmup_epochs."
+    )

@@ -1,0 +1,104 @@
+"""What a run writes under its `--workdir`: flags, results, checkpoints and their names."""
+
+import hashlib
+import json
+import os
+import pathlib
+import sys
+
+from absl import flags
+
+from byol_tf import config
+from byol_tf.errors import UserError
+
+FLAGS = flags.FLAGS
+# Of these the networks' shapes depend, so no task can use a checkpoint of others.
+_SHAPE_FLAGS = {flag.name for flag in FLAGS.get_flags_for_module(config.model.__name__)}
+# These may change while a run goes on: what is learned stays the same.
+_FREE_FLAGS = {
+    *("task", "workdir", "log_every", "checkpoint_every", "max_steps", "data_dir"),
+    *("eval_split", "embed_split", "embeddings_file"),
+    *("strategy", "logical_cpus", "augment_on", "deterministic"),
+}
+
+
+def own_flags():
+    """Flag name -> the line of a flagfile that sets it, for all flags of this project."""
+    lines = {}
+    for module in config.MODULES:
+        for flag in FLAGS.get_flags_for_module(module.__name__):
+            if flag.value is not None:
+                lines[flag.name] = flag.serialize()
+    return lines
+
+
+def read_flags(workdir):
+    """The lines of the workdir's flags.txt, by flag name; none where there is no run yet."""
+    path = pathlib.Path(workdir, "flags.txt")
+    if not path.exists():
+        return {}
+    lines = path.read_text().splitlines()
+    return {line.lstrip("-").split("=")[0].removeprefix("no"): line for line in lines if line}
+
+
+def write_flags(workdir):
+    """Writes the flags of this run as a flagfile."""
+    write_text(pathlib.Path(workdir, "flags.txt"), "\n".join(own_flags().values()) + "\n")
+
+
+def check_flags(saved, pretrain):
+    """Refuses flags that do not fit the run in the workdir, whose flags are `saved`.
+
+    Raises:
+      UserError: names the flag, its value there and the mend.
+    """
+    given = own_flags()
+    fixed = set(given) - _FREE_FLAGS if pretrain else _SHAPE_FLAGS
+    for name in sorted(fixed & saved.keys()):
+        if given[name] != saved[name]:
+            raise UserError(
+                f"{given[name]}: the run in --workdir={FLAGS.workdir} has {saved[name]}: leave "
+                "the flag out, or choose another --workdir."
+            )
+
+
+def update_results(workdir, **results):
+    """Merges figures into results.json, keeping what is there."""
+    path = pathlib.Path(workdir, "results.json")
+    try:
+        merged = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}): mend or remove it.") from error
+    for key, value in results.items():
+        if isinstance(value, dict):
+            value = {**merged.get(key, {}), **value}
+        merged[key] = value
+    merged["versions"] = _versions()
+    write_text(path, json.dumps(merged, indent=2) + "\n")
+
+
+def weights_sha256(model):
+    """SHA-256 over all online, then all target weights, in the order of their layers."""
+    digest = hashlib.sha256()
+    for weight in model.online_weights + model.target_weights:
+        digest.update(weight.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def write_text(path, text):
+    """Writes a whole file or none."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_text(text)
+    unfinished.replace(path)
+
+
+def _versions():
+    import importlib.metadata
+
+    versions = {"python": sys.version.split()[0]}
+    for package in ("tensorflow", "keras", "tf-keras", "tensorflow-addons", "tensorflow-datasets"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions

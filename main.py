@@ -1,0 +1,41 @@
+"""BYOL from images to a served encoder: `python main.py --flagfile=flags/quickstart.flags`."""
+
+import os
+import sys
+
+from absl import app, flags
+
+from byol_tf import config, workdir
+from byol_tf.errors import UserError
+
+FLAGS = flags.FLAGS
+
+
+def parse(argv):
+    """Parses the flags; what is not given comes from the run in the workdir, if there is one."""
+    if {"-h", "-help", "--help"} & set(argv):
+        print(__doc__ + "\n" + "\n".join(FLAGS.module_help(m) for m in config.MODULES))
+        sys.exit(0)
+    FLAGS(argv)
+    saved = workdir.read_flags(FLAGS.workdir)
+    lines = [line for name, line in saved.items() if name not in ("task", "workdir")]
+    FLAGS.unparse_flags()
+    return FLAGS([argv[0], *lines, *argv[1:]])
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"{argv[1]!r} is not a flag: write --name=value.")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # its notices hide ours
+    from byol_tf import tasks  # loads TensorFlow, which --help and a wrong flag need not await
+
+    try:
+        if FLAGS.logical_cpus > 1:
+            tasks.split_cpu(FLAGS.logical_cpus)
+        tasks.run()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse)

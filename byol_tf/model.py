@@ -141,6 +141,7 @@ class BYOL(keras.Model):
 
     def train_step(self, batch):
         """One step of algorithm 1, without its last line: the target moves in the callback."""
+        batch, _, _ = keras.utils.unpack_x_y_sample_weight(batch)
         if self.augment is not None:
             batch = self.augment(batch)
         view1, view2 = batch["view1"], batch["view2"]

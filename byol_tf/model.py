@@ -274,9 +274,16 @@ def _embedding_size(encoder):
 
 def _clone(encoder):
     try:
-        return keras.models.clone_model(encoder)
+        return keras.models.clone_model(encoder, clone_function=_clone_layer)
     except (ValueError, NotImplementedError) as error:
         raise ValueError(
             "The encoder cannot be cloned for the target network: pass a second one of the "
             "same structure as target_encoder=."
         ) from error
+
+
+def _clone_layer(layer):
+    copy = layer.__class__.from_config(layer.get_config())
+    if isinstance(layer, keras.layers.BatchNormalization):
+        copy.synchronized = layer.synchronized  # which Keras leaves out of the config
+    return copy

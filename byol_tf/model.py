@@ -283,7 +283,7 @@ def _clone(encoder):
 
 
 def _clone_layer(layer):
-    copy = layer.__class__.from_config(layer.get_config())
-    if isinstance(layer, keras.layers.BatchNormalization):
-        copy.synchronized = layer.synchronized  # which Keras leaves out of the config
-    return copy
+    config = layer.get_config()
+    if getattr(layer, "synchronized", False):
+        config["synchronized"] = True  # which batch norm leaves out of its config
+    return layer.__class__.from_config(config)

@@ -54,10 +54,10 @@ def export_encoder(encoder, directory, *, image_size):
         str(unfinished),
         signatures={"serving_default": serve_images, "serving_bytes": serve_bytes},
     )
-    replace_directory(unfinished, directory)
+    _replace_directory(unfinished, directory)
 
 
-def replace_directory(new, old):
+def _replace_directory(new, old):
     """Puts the directory `new` in the place of `old`, which may not exist yet."""
     if old.exists():
         aside = old.with_name(f".{old.name}.old.{os.getpid()}")

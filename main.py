@@ -16,11 +16,14 @@ def parse(argv):
     if {"-h", "-help", "--help"} & set(argv):
         print(__doc__ + "\n" + "\n".join(FLAGS.module_help(m) for m in config.MODULES))
         sys.exit(0)
-    FLAGS(argv)
-    saved = workdir.read_flags(FLAGS.workdir)
-    lines = [line for name, line in saved.items() if name not in ("task", "workdir")]
-    FLAGS.unparse_flags()
-    return FLAGS([argv[0], *lines, *argv[1:]])
+    try:
+        FLAGS(argv)
+        saved = workdir.read_flags(FLAGS.workdir)
+        lines = [line for name, line in saved.items() if name not in ("task", "workdir")]
+        FLAGS.unparse_flags()
+        return FLAGS([argv[0], *lines, *argv[1:]])
+    except flags.Error as error:
+        sys.exit(f"error: {error}")
 
 
 def main(argv):

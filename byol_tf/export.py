@@ -29,7 +29,11 @@ def export_encoder(encoder, directory, *, image_size):
     module.weights = list(encoder.weights)  # without the layers: no Keras in the SavedModel
 
     def embed(cropped):
-        embedding = encoder(augment.normalize(cropped), training=False)
+        count = tf.shape(cropped)[0]
+        # TensorFlow 2.15's convolutions refuse an empty batch, so that one gets a blank image.
+        blank = tf.zeros([tf.cast(count == 0, tf.int32), image_size, image_size, 3], tf.uint8)
+        images = augment.normalize(tf.concat([cropped, blank], 0))
+        embedding = encoder(images, training=False)[:count]
         return {"embedding": tf.cast(embedding, tf.float32)}
 
     @tf.function(input_signature=[tf.TensorSpec([None, None, None, 3], tf.uint8, "images")])

@@ -56,7 +56,9 @@ def pretrain():
             int(FLAGS.warmup_epochs * per_epoch),
         )
         model.compile(make_optimizer(FLAGS.optimizer, schedule, FLAGS.weight_decay))
-        model.optimizer.build(model.trainable_variables)
+        # LAMB is an optimizer of the old kind, in which the same has another name.
+        build = getattr(model.optimizer, "build", None) or model.optimizer._create_all_weights
+        build(model.trainable_variables)
         manager = _checkpoints(tf.train.Checkpoint(model=model))
         if manager.latest_checkpoint:
             logging.info("resuming from %s", manager.latest_checkpoint)
@@ -74,6 +76,7 @@ def pretrain():
             seed=FLAGS.seed,
             start_step=step,
             augment_on=FLAGS.augment_on,
+            min_crop_area=FLAGS.min_crop_area,
         )
 
     watch = training.Watch(
@@ -100,7 +103,7 @@ def pretrain():
         )
     except training.TrainingDiverged as error:
         raise UserError(str(error)) from error
-    results = {"steps": int(model.optimizer.iterations)}
+    results = {"steps": int(model.optimizer.iterations.numpy())}
     results["weights_sha256"] = workdir.weights_sha256(model)
     if watch.images_per_second:
         results["images_per_second"] = watch.images_per_second

@@ -29,7 +29,7 @@ def train(model, batches_from, *, steps_per_epoch, epochs, max_steps, callbacks,
     """
     stop = steps_per_epoch * epochs
     stop = min(stop, max_steps or stop)
-    start = int(model.optimizer.iterations)
+    start = int(model.optimizer.iterations.numpy())
     for first, steps, whole_epochs in segments(start, stop, steps_per_epoch):
         epoch = first // steps_per_epoch
         model.fit(
@@ -82,7 +82,7 @@ class Checkpoints(keras.callbacks.Callback):
         self._save()
 
     def _save(self):
-        step = int(self.model.optimizer.iterations)
+        step = int(self.model.optimizer.iterations.numpy())
         latest = self.manager.latest_checkpoint
         if latest and latest.endswith(f"-{step}"):
             return
@@ -122,11 +122,17 @@ class Watch(keras.callbacks.Callback):
         self._timed_steps = 0
         self._started = None
         self._collapsed = False
+        self._logged = False
 
     def on_train_begin(self, logs=None):
-        self._step = int(self.model.optimizer.iterations)
+        self._step = int(self.model.optimizer.iterations.numpy())
         self._timed_steps = 0
         self._started = None
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if self._logged:  # not at once: Keras still shows the means at the end of an epoch
+            self.model.reset_metrics()
+            self._logged = False
 
     def on_train_batch_end(self, batch, logs=None):
         self._step += 1
@@ -148,11 +154,13 @@ class Watch(keras.callbacks.Callback):
 
     def _log(self, logs):
         figures = {name: float(value) for name, value in logs.items()}
-        self.model.reset_metrics()  # the next line begins anew
+        self._logged = True  # the next line begins anew
         self._time()
         k = self._step - 1
         figures["target_ema"] = float(target_ema(k, self.base_target_ema, self.total_steps))
-        figures["learning_rate"] = float(self.model.optimizer.learning_rate)
+        rate = self.model.optimizer.learning_rate
+        # LAMB, an optimizer of the old kind, has the schedule here.
+        figures["learning_rate"] = float(tf.convert_to_tensor(rate(k) if callable(rate) else rate))
         if self.images_per_second:
             figures["images_per_second"] = self.images_per_second
         if not all(map(_is_finite, figures.values())):

@@ -34,7 +34,7 @@ def own_flags():
 
 def read_flags(workdir):
     """The lines of the workdir's flags.txt, by flag name; none where there is no run yet."""
-    path = pathlib.Path(workdir, "flags.txt")
+    path = _file(workdir, "flags.txt")
     if not path.exists():
         return {}
     lines = path.read_text().splitlines()
@@ -42,8 +42,9 @@ def read_flags(workdir):
 
 
 def write_flags(workdir):
-    """Writes the flags of this run as a flagfile."""
-    write_text(pathlib.Path(workdir, "flags.txt"), "\n".join(own_flags().values()) + "\n")
+    """Writes the flags of this run as a flagfile; --max_steps stops one command, not the run."""
+    lines = [line for name, line in own_flags().items() if name != "max_steps"]
+    write_text(_file(workdir, "flags.txt"), "\n".join(lines) + "\n")
 
 
 def check_flags(saved, pretrain):
@@ -64,7 +65,7 @@ def check_flags(saved, pretrain):
 
 def update_results(workdir, **results):
     """Merges figures into results.json, keeping what is there."""
-    path = pathlib.Path(workdir, "results.json")
+    path = _file(workdir, "results.json")
     try:
         merged = json.loads(path.read_text()) if path.exists() else {}
     except ValueError as error:
@@ -90,6 +91,10 @@ def write_text(path, text):
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     unfinished.write_text(text)
     unfinished.replace(path)
+
+
+def _file(workdir, name):
+    return pathlib.Path(workdir).expanduser() / name
 
 
 def _versions():

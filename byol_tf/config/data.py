@@ -13,6 +13,13 @@ flags.DEFINE_string(
 flags.DEFINE_string("train_split", "train", "Images to learn from; slices as in train[:10%].")
 flags.DEFINE_string("eval_split", "validation", "Labelled images to evaluate on.")
 flags.DEFINE_integer("image_size", 224, "Side of a view in pixels (paper: 224).", lower_bound=8)
+flags.DEFINE_float(
+    "min_crop_area",
+    0.08,
+    "Smallest part of an image's area that a view shows (paper: 0.08).",
+    lower_bound=0.01,
+    upper_bound=1.0,
+)
 flags.DEFINE_string("embed_split", "all", "Images of --task=embed.")
 flags.DEFINE_string(
     "embeddings_file",

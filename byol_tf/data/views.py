@@ -31,7 +31,15 @@ def steps_per_epoch(source, batch_size):
 
 
 def pretrain_batches(
-    source, *, image_size, batch_size, epochs, seed=0, start_step=0, augment_on="host"
+    source,
+    *,
+    image_size,
+    batch_size,
+    epochs,
+    seed=0,
+    start_step=0,
+    augment_on="host",
+    min_crop_area=crop.AREA_RANGE[0],
 ):
     """Batches of two views of every image, epoch after epoch.
 
@@ -48,6 +56,7 @@ def pretrain_batches(
       start_step: batches to skip.
       augment_on: "host" for finished views; "accelerator" for cropped ones, which
         `augment_batch` finishes inside the step.
+      min_crop_area: the smallest part of an image's area that a view shows.
 
     Returns:
       A dataset of dicts: "view1" and "view2", float32 [B, image_size, image_size, 3], and
@@ -59,6 +68,7 @@ def pretrain_batches(
     in_memory = _fits_in_memory(source)
     records = _decoded(source).cache() if in_memory else source.dataset
     light = in_memory or source.read is not None
+    area_range = (min_crop_area, crop.AREA_RANGE[1])
     shuffle_buffer = source.num_examples if light else _SHUFFLED_RECORDS
 
     def one_epoch(epoch):
@@ -77,9 +87,11 @@ def pretrain_batches(
     examples = tf.data.Dataset.range(start_epoch, epochs).flat_map(one_epoch)
     if in_memory:
         examples = examples.batch(batch_size, drop_remainder=True)
-        batches = _map(examples, lambda batch: _crop_batch(batch, image_size))
+        batches = _map(examples, lambda batch: _crop_batch(batch, image_size, area_range))
     else:
-        cropped = _map(examples, lambda record: _crop_encoded(source, record, image_size))
+        cropped = _map(
+            examples, lambda record: _crop_encoded(source, record, image_size, area_range)
+        )
         batches = cropped.batch(batch_size, drop_remainder=True)
     if source.class_names is None:
         batches = batches.map(lambda batch: {k: v for k, v in batch.items() if k != "label"})
@@ -138,27 +150,27 @@ def _decoded(source):
     return _map(source.dataset, decode_whole)
 
 
-def _crop_batch(batch, image_size):
+def _crop_batch(batch, image_size, area_range):
     """Two crops of every decoded image of a batch, in a few matmuls."""
     images, draws = batch["image"], batch["draws"]
     cropped = {"label": batch["label"]}
     for i in range(2):
         heights = tf.fill([tf.shape(images)[0]], images.shape[1])
         widths = tf.fill([tf.shape(images)[0]], images.shape[2])
-        boxes = crop.random_crop_boxes(heights, widths, draws[:, i, : crop.NUM_DRAWS])
+        boxes = crop.random_crop_boxes(heights, widths, draws[:, i, : crop.NUM_DRAWS], area_range)
         cropped[f"view{i + 1}"] = crop.crop_and_resize(images, boxes, image_size)
         cropped[f"draws{i + 1}"] = draws[:, i, crop.NUM_DRAWS :]
     return cropped
 
 
-def _crop_encoded(source, record, image_size):
+def _crop_encoded(source, record, image_size, area_range):
     """Two crops of one encoded image, of which each decodes only the part that it needs."""
     example, draws = source.example(record), record["draws"]
     encoded = example["image"]
     height, width = tf.unstack(decode.image_size(encoded))
     cropped = {"label": example["label"]}
     for i in range(2):
-        box = crop.random_crop_boxes(height, width, draws[i, : crop.NUM_DRAWS])
+        box = crop.random_crop_boxes(height, width, draws[i, : crop.NUM_DRAWS], area_range)
         view = crop.resize(decode.decode_and_crop(encoded, box), image_size)
         cropped[f"view{i + 1}"] = tf.ensure_shape(view, [image_size, image_size, 3])
         cropped[f"draws{i + 1}"] = draws[i, crop.NUM_DRAWS :]

@@ -1,0 +1,358 @@
+"""`main.py` as a user runs it, the README's commands and code, and that a run learns."""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+import byol_tf
+from byol_tf.data.source import Source
+from byol_tf.keras_api import keras
+
+ROOT = pathlib.Path(__file__).parent.parent
+TINY = """
+--dataset=image_folder
+--eval_split=test
+--encoder=resnet18
+--width_multiplier=0.05
+--image_size=16
+--stem=small
+--projector_hidden_size=16
+--projector_output_size=8
+--batch_size=8
+--epochs=2
+--warmup_epochs=1
+--optimizer=sgd
+--log_every=2
+""".split()
+
+
+@pytest.fixture(scope="module")
+def main(tmp_path_factory):
+    """Function that runs main.py with these flags: (exit code, stdout, stderr)."""
+    home = tmp_path_factory.mktemp("home")
+    env = {**os.environ, "HOME": str(home), "XDG_CACHE_HOME": str(home / "cache")}
+    env["CUDA_VISIBLE_DEVICES"] = ""
+    folder = tmp_path_factory.mktemp("cwd")  # it runs from anywhere
+
+    def run(*args):
+        command = [sys.executable, str(ROOT / "main.py"), *map(str, args)]
+        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+        return done.returncode, done.stdout, done.stderr
+
+    return run
+
+
+def succeed(result):
+    code, stdout, stderr = result
+    assert code == 0, stderr[-3000:]
+    return stdout, stderr
+
+
+def results(workdir):
+    return json.loads((workdir / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A folder of blue and red images: 2 x 10 to train (2 batches and a rest), 2 x 4 to test."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 10), ("test", 4)):
+        for name, colour in (("blue", (40, 40, 215)), ("red", (215, 40, 40))):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = np.array(colour) + rng.integers(-40, 40, (20, 24, 3))
+                Image.fromarray(pixels.astype(np.uint8)).save(root / split / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def flat(images, tmp_path_factory):
+    """The same images, all in one folder."""
+    root = tmp_path_factory.mktemp("flat")
+    for i, path in enumerate(sorted(images.rglob("*.png"))):
+        shutil.copy(path, root / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def finished(main, images, tmp_path_factory):
+    """The workdir of a whole run of the default tasks, and what it said."""
+    workdir = tmp_path_factory.mktemp("runs") / "new" / "finished"
+    flags = [*TINY, f"--data_dir={images}", f"--workdir={workdir}", "--deterministic"]
+    return workdir, *succeed(main(*flags))
+
+
+def test_default_tasks(finished):
+    workdir, stdout, stderr = finished
+    names = {"checkpoints", "tensorboard", "metrics.jsonl", "flags.txt", "results.json"}
+    assert {path.name for path in workdir.iterdir()} == {*names, "saved_model"}
+    assert list((workdir / "tensorboard").glob("events*"))
+    steps = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in steps] == [2, 4]
+    figures = {"loss", "projection_std", "effective_rank", "target_ema", "learning_rate"}
+    assert figures <= set(steps[0])
+    found = results(workdir)
+    assert found["steps"] == 4
+    assert re.fullmatch("[0-9a-f]{64}", found["weights_sha256"])
+    assert found["images_per_second"] > 0
+    assert found["versions"]["tensorflow"] == tf.__version__
+    accuracies = {"knn_top1", "knn200_top1", "linear_top1"}
+    for figures in (found, found["random_init"], found["raw_pixels"]):
+        assert accuracies <= set(figures)
+        assert all(0 <= figures[name] <= 1 for name in accuracies)
+    assert found["raw_pixels"]["knn_top1"] == 1.0  # blue and red
+    assert "knn_top1      trained" in stdout and "encoder exported to" in stdout
+    assert "Traceback" not in stderr
+
+
+def test_epoch_lines_show_the_loss(finished):
+    """Though the last step of every epoch is one of metrics.jsonl too."""
+    losses = [float(loss) for loss in re.findall(r" loss: ([0-9.e+-]+)", finished[1])]
+    assert len(losses) == 2 and min(losses) > 0.1
+
+
+def test_resumed_is_uninterrupted(main, finished, tmp_path):
+    """Stopped amid an epoch and started again, with the flags of flags.txt."""
+    workdir = tmp_path / "run"
+    once = [f"--flagfile={finished[0] / 'flags.txt'}", f"--workdir={workdir}", "--task=pretrain"]
+    succeed(main(*once, "--max_steps=1"))
+    stopped = results(workdir)
+    assert stopped["steps"] == 1
+    _, stderr = succeed(main(f"--workdir={workdir}", "--task=pretrain"))
+    assert "resuming from" in stderr
+    assert results(workdir)["steps"] == 4
+    assert results(workdir)["weights_sha256"] == results(finished[0])["weights_sha256"]
+    assert results(workdir)["weights_sha256"] != stopped["weights_sha256"]
+
+
+def test_later_tasks(main, finished, images, tmp_path):
+    """k-NN again, and embeddings, which are those of the exported model."""
+    workdir = tmp_path / "run"
+    shutil.copytree(finished[0], workdir)
+    before = results(workdir)
+    (workdir / "results.json").unlink()
+    stdout, _ = succeed(main(f"--workdir={workdir}", "--task=embed,knn", "--embed_split=test"))
+    found = results(workdir)
+    for name in ("knn_top1", "knn200_top1"):
+        for part in (lambda r: r, lambda r: r["random_init"], lambda r: r["raw_pixels"]):
+            assert part(found)[name] == part(before)[name]
+    assert "linear_top1" not in found
+    assert "8 embeddings written to" in stdout
+    written = np.load(workdir / "embeddings.npz")
+    assert written["embedding"].shape == (8, 25)
+    assert written["class_names"].tolist() == ["blue", "red"]
+    assert written["label"].tolist() == [0] * 4 + [1] * 4
+    assert written["name"][0] == "test/blue/0.png"
+    served = tf.saved_model.load(str(workdir / "saved_model")).signatures["serving_bytes"]
+    encoded = tf.constant([(images / name).read_bytes() for name in written["name"]])
+    np.testing.assert_allclose(
+        served(image_bytes=encoded)["embedding"], written["embedding"], rtol=1e-4, atol=1e-5
+    )
+
+
+def test_without_labels(main, flat, tmp_path):
+    flags = [*TINY, f"--data_dir={flat}", f"--workdir={tmp_path}", "--max_steps=1"]
+    _, stderr = succeed(main(*flags))
+    assert "skipped knn_top1 and knn200_top1" in stderr and "has no labels" in stderr
+    assert "skipped linear_top1" in stderr
+    found = results(tmp_path)
+    assert found["steps"] == 1 and "knn_top1" not in found
+    assert (tmp_path / "saved_model" / "saved_model.pb").exists()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--logical_cpus=2", "--strategy=mirrored"],
+        ["--augment_on=accelerator", "--precision=bfloat16"],
+    ],
+)
+def test_other_ways_to_compute(main, images, tmp_path, finished, flags):
+    given = [*TINY, f"--data_dir={images}", f"--workdir={tmp_path}", "--task=pretrain"]
+    succeed(main(*given, *flags, "--max_steps=2"))
+    assert results(tmp_path)["steps"] == 2
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    (first, _) = (finished[0] / "metrics.jsonl").read_text().splitlines()
+    # The same images and weights: almost the same loss.
+    assert json.loads(line)["prediction_loss"] == pytest.approx(
+        json.loads(first)["prediction_loss"], rel=0.05
+    )
+
+
+def test_lamb(main, images, tmp_path):
+    """Runs and resumes where there is TensorFlow Addons; elsewhere one line says why not."""
+    flags = [*TINY, f"--data_dir={images}", f"--workdir={tmp_path}", "--task=pretrain"]
+    result = main(*flags, "--optimizer=lamb", "--max_steps=2")
+    if sys.version_info >= (3, 12):
+        assert "--optimizer=lamb needs TensorFlow Addons" in error_of(result)
+        return
+    succeed(result)
+    rate = json.loads((tmp_path / "metrics.jsonl").read_text())["learning_rate"]
+    assert rate == pytest.approx(0.2 * 8 / 256 / 2)  # half-way up the warm-up
+
+
+def error_of(result):
+    """The error, which must be one line and no traceback."""
+    code, _, stderr = result
+    assert code not in (0, None)
+    assert "Traceback" not in stderr, stderr[-2000:]
+    (line,) = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert stderr.rstrip().endswith(line)
+    return line
+
+
+@pytest.mark.parametrize(
+    "flag, words",
+    [
+        ("--epoch=3", ["'epoch'", "epochs"]),
+        ("--epochs=0", ["--epochs=0", "positive"]),
+        ("--image_size=x", ["--image_size=x"]),
+        ("--encoder=vgg", ["--encoder=vgg", "resnet18"]),
+        ("--base_target_ema=1.5", ["--base_target_ema=1.5"]),
+        ("--task=pretrain,evaluate", ["task", "choose from pretrain, knn, linear_eval, export"]),
+        ("--embeddings_file=a.csv", ["embeddings_file", ".npz or .parquet"]),
+        ("--flagfile=/no/such/file", ["/no/such/file"]),
+    ],
+)
+def test_wrong_flags(main, tmp_path, flag, words):
+    line = error_of(main(f"--workdir={tmp_path}", flag))
+    assert all(word in line for word in words), line
+    assert not list(tmp_path.iterdir())
+
+
+def test_not_a_flag(main):
+    code, stdout, stderr = main("pretrain")
+    assert code == 1 and "'pretrain' is not a flag" in stdout + stderr
+    assert "Traceback" not in stderr
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--data_dir={empty}"], ["--data_dir={empty}", "no image"]),
+        (["--train_split=trian"], ["no split 'trian'", "there are test, train"]),
+        (["--dataset=cifar01"], ["--dataset=cifar01", "no such data set", "cifar10"]),
+        (["--task=knn"], ["no checkpoint", "--task=pretrain"]),
+        (["--batch_size=21"], ["--batch_size=21", "20 images"]),
+    ],
+)
+def test_what_cannot_be_run(main, images, tmp_path, flags, words):
+    empty, workdir = tmp_path / "empty", tmp_path / "run"
+    empty.mkdir()
+    given = [flag.format(empty=empty) for flag in flags]
+    line = error_of(main(*TINY, f"--data_dir={images}", f"--workdir={workdir}", *given))
+    assert all(word.format(empty=empty) in line for word in words), line
+    assert not workdir.exists()
+
+
+def test_flags_that_do_not_fit_the_run(main, finished):
+    """Another encoder fits no task, another batch no training; the run stays as it was."""
+    before = results(finished[0])
+    line = error_of(main(f"--workdir={finished[0]}", "--task=knn", "--encoder=resnet34"))
+    assert "--encoder=resnet34" in line and "--encoder=resnet18" in line
+    line = error_of(main(f"--workdir={finished[0]}", "--batch_size=4"))
+    assert "--batch_size=4" in line and "--batch_size=8" in line
+    assert results(finished[0]) == before
+
+
+def test_a_workdir_in_the_home(main, images):
+    flags = [*TINY, f"--data_dir={images}", "--workdir=~/run", "--task=pretrain", "--max_steps=1"]
+    succeed(main(*flags))
+    # Which is there for the next command.
+    assert "--batch_size=4" in error_of(main("--workdir=~/run", "--batch_size=4"))
+
+
+def test_help(main):
+    stdout, stderr = succeed(main("--help"))
+    headings = re.findall(r"^byol_tf\.config\.(\w+):$", stdout, re.MULTILINE)
+    assert headings == ["run", "data", "model", "optimization", "devices"]
+    for name, default in {
+        "encoder": "resnet50",
+        "image_size": "224",
+        "projector_hidden_size": "4096",
+        "projector_output_size": "256",
+        "batch_size": "4096",
+        "epochs": "1000",
+        "optimizer": "lars",
+        "base_learning_rate": "0.2",
+        "weight_decay": "1.5e-06",
+        "warmup_epochs": "10.0",
+        "base_target_ema": "0.996",
+    }.items():
+        entry = re.search(rf"--{name}:.*?(?=\n  --|\n\n|\Z)", stdout, re.DOTALL).group()
+        assert f"(default: '{default}')" in entry and "paper" in entry, entry
+    assert "tensorflow" not in stderr.lower()
+
+
+def test_readme_code(make_source, tmp_path, monkeypatch):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (batch_size,) = set(re.findall(r"batch_size=(\d+)", code))
+    code = re.sub(rf"\b{batch_size}\b", "16", re.sub(r"epochs=\d+", "epochs=1", code))
+    source = make_source(32)
+    monkeypatch.setattr(byol_tf, "load_source", lambda *args, **kwargs: source)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(code, names)
+    assert int(names["model"].optimizer.iterations) == 2
+    served = tf.saved_model.load(str(tmp_path / "saved_model")).signatures["serving_default"]
+    assert served(images=tf.zeros([2, 40, 50, 3], tf.uint8))["embedding"].shape == (2, 512)
+
+
+def test_package_needs_what_requirements_say():
+    from setuptools.config.pyprojecttoml import read_configuration
+
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    wanted = [line for line in lines if line and not line.startswith("#")]
+    assert any(line.startswith("tensorflow==") for line in wanted)
+    assert read_configuration(ROOT / "pyproject.toml")["project"]["dependencies"] == wanted
+
+
+def stripes(count):
+    """Stripes of four directions, which are the labels, in any colours and at any phase."""
+    rng = np.random.default_rng(1)
+    labels = np.arange(count) % 4
+    y, x = np.mgrid[:24, :24]
+    encoded = []
+    for label in labels:
+        along = x * np.cos(label * np.pi / 4) + y * np.sin(label * np.pi / 4)
+        wave = 0.5 + 0.5 * np.sin(along * 1.3 + rng.uniform(0, 2 * np.pi))[..., np.newaxis]
+        one, other = rng.uniform(0, 255, (2, 3))
+        encoded.append(tf.io.encode_png((wave * one + (1 - wave) * other).astype(np.uint8)).numpy())
+    slices = {
+        "index": np.arange(count, dtype=np.int64),
+        "image": encoded,
+        "label": labels.astype(np.int64),
+        "name": [str(i) for i in range(count)],
+    }
+    dataset = tf.data.Dataset.from_tensor_slices(slices)
+    return Source(dataset, count, ("0", "45", "90", "135"), (24, 24, 3))
+
+
+@pytest.mark.slow
+def test_it_learns():
+    """The loss falls, and not because all images get the same projection."""
+    keras.utils.set_random_seed(0)
+    encoder = byol_tf.resnet_encoder(
+        "resnet18", width_multiplier=0.125, stem="small", image_size=16
+    )
+    model = byol_tf.BYOL(encoder, projector_hidden_size=128, projector_output_size=32)
+    model.compile(byol_tf.make_optimizer("adam", byol_tf.WarmupCosine(0.002, 80, 8), 1e-4))
+    history = model.fit(
+        byol_tf.pretrain_batches(stripes(512), image_size=16, batch_size=64, epochs=10),
+        epochs=10,
+        steps_per_epoch=8,
+        callbacks=[byol_tf.TargetNetworkUpdate(0.97)],
+        verbose=0,
+    ).history
+    assert history["loss"][-1] < 0.75 * history["loss"][0], history["loss"]
+    assert min(history["projection_std"]) > 0.3, history["projection_std"]

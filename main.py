@@ -29,7 +29,7 @@ def parse(argv):
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"{argv[1]!r} is not a flag: write --name=value.")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # its notices hide ours
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # its notices hide ours
     from byol_tf import tasks  # loads TensorFlow, which --help and a wrong flag need not await
 
     try:

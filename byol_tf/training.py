@@ -86,7 +86,7 @@ class Checkpoints(keras.callbacks.Callback):
         latest = self.manager.latest_checkpoint
         if latest and latest.endswith(f"-{step}"):
             return
-        for weight in self.model.trainable_weights:
+        for weight in self.model.online_weights + self.model.target_weights:
             if not bool(tf.reduce_all(tf.math.is_finite(weight))):
                 raise _diverged(f"the weight {weight.name}", step, latest)
         self.manager.save(checkpoint_number=step)
@@ -95,7 +95,7 @@ class Checkpoints(keras.callbacks.Callback):
 class Watch(keras.callbacks.Callback):
     """Logs to metrics.jsonl and TensorBoard, and looks out for collapse and NaN.
 
-    Every logged figure is the mean since the line before. `images_per_second` leaves out
+    Every logged figure is the mean since the line before or the epoch's begin. `images_per_second` leaves out
     the first step, which compiles.
 
     Args:

@@ -11,7 +11,7 @@ BLOCKS_PER_GROUP = {
     "resnet200": (3, 24, 36, 3),
 }
 STEMS = ("imagenet", "small")
-_BASIC = ("resnet18", "resnet34")  # two 3x3 convolutions a block; the others are bottlenecks
+BASIC = ("resnet18", "resnet34")  # two 3x3 convolutions a block; the others are bottlenecks
 
 
 def kernel_initializer():
@@ -76,6 +76,44 @@ def resnet_encoder(
     if int(64 * width_multiplier) < 1:
         raise ValueError(f"width_multiplier={width_multiplier}: must be at least 1/64.")
 
+    return resnet(
+        BLOCKS_PER_GROUP[name],
+        [int(64 * 2**group * width_multiplier) for group in range(4)],
+        stem_channels=int(64 * width_multiplier),
+        bottleneck=name not in BASIC,
+        stem=stem,
+        image_size=image_size,
+        synchronized_batch_norm=synchronized_batch_norm,
+        name=name,
+    )
+
+
+def resnet(
+    blocks_per_group,
+    channels_per_group,
+    *,
+    stem_channels=64,
+    bottleneck=True,
+    stem="imagenet",
+    image_size=None,
+    synchronized_batch_norm=False,
+    name="resnet",
+):
+    """Builds a ResNet of any size; `resnet_encoder` chooses the paper's.
+
+    Args:
+      blocks_per_group: how many blocks each group has; the first group has stride 1, the
+        others 2.
+      channels_per_group: channels of each group's 3x3 convolutions.
+      stem_channels: channels of the first convolution.
+      bottleneck: whether a block has a 1x1, a 3x3 and a 1x1 convolution, the last with four
+        times the channels, rather than two 3x3 convolutions.
+      stem, image_size, synchronized_batch_norm: as in `resnet_encoder`.
+
+    Returns:
+      A `keras.Model` from images float [B, image_size, image_size, 3] to float [B, D].
+    """
+
     def conv(x, filters, kernel_size, strides, scope):
         return keras.layers.Conv2D(
             filters,
@@ -95,13 +133,12 @@ def resnet_encoder(
         return keras.layers.ReLU(name=f"{scope}_relu")(x)
 
     def block(x, channels, strides, project, scope):
-        basic = name in _BASIC
-        out_channels = channels if basic else 4 * channels
+        out_channels = 4 * channels if bottleneck else channels
         shortcut = conv_bn(x, out_channels, 1, strides, f"{scope}_shortcut") if project else x
-        if basic:
-            layers = [(channels, 3, strides), (channels, 3, 1)]
-        else:
+        if bottleneck:
             layers = [(channels, 1, 1), (channels, 3, strides), (out_channels, 1, 1)]
+        else:
+            layers = [(channels, 3, strides), (channels, 3, 1)]
         for i, (filters, kernel_size, stride) in enumerate(layers):
             x = conv_bn(x, filters, kernel_size, stride, f"{scope}_{i}")
             if i < len(layers) - 1:
@@ -109,14 +146,12 @@ def resnet_encoder(
         return relu(keras.layers.Add(name=f"{scope}_add")([x, shortcut]), scope)
 
     images = keras.Input((image_size, image_size, 3), name="images")
-    stem_channels = int(64 * width_multiplier)
     if stem == "imagenet":
         x = relu(conv_bn(images, stem_channels, 7, 2, "stem"), "stem")
         x = keras.layers.MaxPool2D(3, 2, padding="same", name="stem_pool")(x)
     else:
         x = relu(conv_bn(images, stem_channels, 3, 1, "stem"), "stem")
-    for group, blocks in enumerate(BLOCKS_PER_GROUP[name]):
-        channels = int(64 * 2**group * width_multiplier)
+    for group, (blocks, channels) in enumerate(zip(blocks_per_group, channels_per_group)):
         for i in range(blocks):
             strides = 2 if i == 0 and group > 0 else 1
             x = block(x, channels, strides, project=i == 0, scope=f"group{group}_block{i}")

@@ -9,7 +9,7 @@ import sys
 import tensorflow as tf
 from absl import flags, logging
 
-from byol_tf import evaluation, resnet, training, workdir
+from byol_tf import deepmind, evaluation, resnet, training, workdir
 from byol_tf.data import views
 from byol_tf.data.source import load_source
 from byol_tf.embed import write_embeddings
@@ -29,8 +29,10 @@ def run():
     tasks = [task for task in TASKS if task in FLAGS.task]
     saved = workdir.read_flags(FLAGS.workdir)
     if _checkpoints().latest_checkpoint:
+        if tasks[0] == "import_deepmind":
+            raise UserError(f"--workdir={FLAGS.workdir}: a run is there already: choose another.")
         workdir.check_flags(saved, pretrain="pretrain" in tasks)
-    elif tasks[0] != "pretrain":
+    elif tasks[0] not in ("pretrain", "import_deepmind"):
         raise UserError(
             f"--workdir={FLAGS.workdir}: no checkpoint there: run --task=pretrain first, or give "
             "the folder of a run."
@@ -42,6 +44,33 @@ def run():
         TASKS[task]()
 
 
+def import_deepmind():
+    """Makes a run of a checkpoint of DeepMind's; see `deepmind.import_deepmind`."""
+    if not FLAGS.checkpoint:
+        raise UserError("--task=import_deepmind needs --checkpoint=FILE.")
+    checkpoint = deepmind.load_deepmind(FLAGS.checkpoint)
+    found = deepmind.architecture(checkpoint)
+    num_classes = found.pop("num_classes")
+    workdir.set_flags(found, source=FLAGS.checkpoint)
+    model = _build_model(FLAGS.num_classes or num_classes, tf.distribute.get_strategy())
+    schedule = WarmupCosine(0.0, total_steps=1)  # the checkpoint holds no schedule, only a step
+    model.compile(make_optimizer(FLAGS.optimizer, schedule, FLAGS.weight_decay))
+    model.optimizer.build(model.trainable_variables)
+    deepmind.import_deepmind(model, checkpoint)
+    if not FLAGS.keep_step:
+        model.optimizer.iterations.assign(0)
+    _folder().mkdir(parents=True, exist_ok=True)
+    workdir.write_imported_flags(FLAGS.workdir)
+    manager = _checkpoints(tf.train.Checkpoint(model=model))
+    manager.save(checkpoint_number=int(model.optimizer.iterations))
+    step = int(checkpoint["step"])
+    workdir.update_results(
+        FLAGS.workdir, imported_step=step, weights_sha256=workdir.weights_sha256(model)
+    )
+    print(f"{FLAGS.encoder} x{FLAGS.width_multiplier:g} of step {step} imported from "
+          f"{FLAGS.checkpoint}", flush=True)
+
+
 def pretrain():
     """Trains from the last checkpoint, if there is one, to the last step."""
     source = load_source(FLAGS.dataset, FLAGS.train_split, FLAGS.data_dir)
@@ -49,7 +78,8 @@ def pretrain():
     total_steps = per_epoch * FLAGS.epochs
     strategy = _strategy()
     with strategy.scope(), _policy(FLAGS.precision):
-        model = _build_model(source, strategy)
+        num_classes = len(source.class_names) if source.class_names else None
+        model = _build_model(num_classes, strategy)
         schedule = WarmupCosine(
             FLAGS.base_learning_rate * FLAGS.batch_size / 256,
             total_steps,
@@ -62,6 +92,7 @@ def pretrain():
         manager = _checkpoints(tf.train.Checkpoint(model=model))
         if manager.latest_checkpoint:
             logging.info("resuming from %s", manager.latest_checkpoint)
+            _check_classes(manager.latest_checkpoint, num_classes)
             status = manager.checkpoint.restore(manager.latest_checkpoint)
             status.assert_existing_objects_matched()
     _folder().mkdir(parents=True, exist_ok=True)
@@ -111,13 +142,25 @@ def pretrain():
     _features.cache_clear()
 
 
-def _build_model(source, strategy):
+def _check_classes(checkpoint, num_classes):
+    """Refuses a checkpoint whose classifier has other classes than the data set."""
+    shapes = tf.train.load_checkpoint(checkpoint).get_variable_to_shape_map()
+    bias = shapes.get("model/classifier/bias/.ATTRIBUTES/VARIABLE_VALUE")
+    if bias and num_classes and bias != [num_classes]:
+        raise UserError(
+            f"--dataset={FLAGS.dataset} has {num_classes} classes, the classifier of the run in "
+            f"--workdir={FLAGS.workdir} {bias[0]}: import it into another --workdir with "
+            f"--num_classes={num_classes}."
+        )
+
+
+def _build_model(num_classes, strategy):
     encoder = _encoder(synchronized=strategy.num_replicas_in_sync > 1)
     return BYOL(
         encoder,
         projector_hidden_size=FLAGS.projector_hidden_size,
         projector_output_size=FLAGS.projector_output_size,
-        num_classes=len(source.class_names) if source.class_names else None,
+        num_classes=num_classes,
         augment=views.augment_batch if FLAGS.augment_on == "accelerator" else None,
         random_target=True,  # as DeepMind's reference
     )
@@ -192,6 +235,7 @@ def embed():
 
 
 TASKS = {
+    "import_deepmind": import_deepmind,
     "pretrain": pretrain,
     "knn": knn,
     "linear_eval": linear_eval,

@@ -17,6 +17,7 @@ _SHAPE_FLAGS = {flag.name for flag in FLAGS.get_flags_for_module(config.model.__
 # These may change while a run goes on: what is learned stays the same.
 _FREE_FLAGS = {
     *("task", "workdir", "log_every", "checkpoint_every", "max_steps", "data_dir"),
+    *("checkpoint", "num_classes", "keep_step"),
     *("eval_split", "embed_split", "embeddings_file"),
     *("strategy", "logical_cpus", "augment_on", "deterministic"),
 }
@@ -41,10 +42,35 @@ def read_flags(workdir):
     return {line.lstrip("-").split("=")[0].removeprefix("no"): line for line in lines if line}
 
 
-def write_flags(workdir):
-    """Writes the flags of this run as a flagfile; --max_steps stops one command, not the run."""
-    lines = [line for name, line in own_flags().items() if name != "max_steps"]
+def write_flags(workdir, names=None):
+    """Writes the flags of this run, or only those named, as a flagfile.
+
+    Not --max_steps, which stops one command, not the run.
+    """
+    lines = [
+        line
+        for name, line in own_flags().items()
+        if name != "max_steps" and (names is None or name in names)
+    ]
     write_text(_file(workdir, "flags.txt"), "\n".join(lines) + "\n")
+
+
+def write_imported_flags(workdir):
+    """Writes the flags that an imported checkpoint settles; all others remain to be chosen."""
+    write_flags(workdir, _SHAPE_FLAGS | {"optimizer"})
+
+
+def set_flags(values, source):
+    """Sets flags to values found in `source`.
+
+    Raises:
+      UserError: if one was given another value.
+    """
+    for name, value in values.items():
+        flag = FLAGS[name]
+        if not flag.using_default_value and flag.value != value:
+            raise UserError(f"--{name}={flag.value}: {source} has {value}: leave the flag out.")
+        FLAGS[name].value = value
 
 
 def check_flags(saved, pretrain):

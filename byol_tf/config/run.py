@@ -2,7 +2,7 @@
 
 from absl import flags
 
-TASKS = ("pretrain", "knn", "linear_eval", "export", "embed")
+TASKS = ("import_deepmind", "pretrain", "knn", "linear_eval", "export", "embed")
 
 flags.DEFINE_list(
     "task",
@@ -14,6 +14,22 @@ flags.DEFINE_string(
     "runs/byol",
     "Folder of everything that the run writes. A run that is there already is resumed, and its "
     "flags are taken where none are given.",
+)
+flags.DEFINE_string(
+    "checkpoint", None, "Of --task=import_deepmind: DeepMind's file, such as pretrain_res50x1.pkl."
+)
+flags.DEFINE_integer(
+    "num_classes",
+    None,
+    "Of --task=import_deepmind: classes of the images to pretrain on further, where they are not "
+    "the checkpoint's; the online classifier then starts anew.",
+    lower_bound=1,
+)
+flags.DEFINE_boolean(
+    "keep_step",
+    False,
+    "Of --task=import_deepmind: go on in the checkpoint's schedule, to finish its run; otherwise "
+    "further pretraining starts a schedule of its own.",
 )
 flags.DEFINE_integer("log_every", 20, "Steps between two lines of metrics.jsonl.", lower_bound=1)
 flags.DEFINE_integer("checkpoint_every", 1, "Epochs between two checkpoints.", lower_bound=1)

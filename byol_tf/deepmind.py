@@ -136,10 +136,12 @@ def _has_other_classes(classifier, weights):
 
 def _momentum_pairs(model, online, opt_state):
     """(momentum variable, array) for what the model trains; LARS' state is called mu."""
-    arrays = next((part["mu"] for part in opt_state if isinstance(part, dict) and "mu" in part), None)
-    if arrays is None:
+    states = [part for part in opt_state if isinstance(part, dict) and "mu" in part]
+    if not states:
         raise UserError("the checkpoint's opt_state has no momentum (mu).")
-    model.optimizer.build(model.trainable_variables)
+    arrays = states[0]["mu"]
+    with model.distribute_strategy.scope():
+        model.optimizer.build(model.trainable_variables)
     momenta = {
         variable.ref(): momentum
         for variable, momentum in zip(model.trainable_variables, model.optimizer.momentums)

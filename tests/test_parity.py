@@ -151,7 +151,10 @@ def trajectory_model(arrays, strategy):
 def trajectory_start(arrays, seed):
     """The checkpoint before the first step; with a seed, its kernels rounded otherwise."""
     online, target = nested(arrays, "init_online"), nested(arrays, "init_target")
-    zeros = {m: {name: np.zeros_like(a) for name, a in group.items()} for m, group in online.items()}
+    zeros = {
+        module: {name: np.zeros_like(array) for name, array in group.items()}
+        for module, group in online.items()
+    }
     rng = np.random.default_rng(seed)
     for group in online.values():
         if seed and "w" in group:
@@ -214,7 +217,7 @@ def test_trajectory(replicas, mirrored):
 
     An activation a rounding error away from a ReLU's kink falls on either side of it, and
     the gradient jumps. Float64 and float32 take the same side of one in step 3 and then run
-    together, but the reference takes the other. So this tries starts that differ by 1e-7,
+    together; the reference takes the other. So this tries starts that differ by 1e-7,
     float32's own precision: one must follow the reference through all 30 steps, which no
     start does if anything real is different.
     """

@@ -33,8 +33,7 @@ def main(argv):
     from byol_tf import tasks  # loads TensorFlow, which --help and a wrong flag need not await
 
     try:
-        if FLAGS.logical_cpus > 1:
-            tasks.split_cpu(FLAGS.logical_cpus)
+        tasks.configure_devices()
         tasks.run()
     except UserError as error:
         sys.exit(f"error: {error}")

@@ -141,41 +141,60 @@ class BYOL(keras.Model):
 
     def train_step(self, batch):
         """One step of algorithm 1, without its last line: the target moves in the callback."""
-        batch, _, _ = keras.utils.unpack_x_y_sample_weight(batch)
-        if self.augment is not None:
-            batch = self.augment(batch)
-        view1, view2 = batch["view1"], batch["view2"]
-
-        # The target network sees its own batch statistics, like the online one.
-        target1 = self.target_projector(self.target_encoder(view1, training=True), training=True)
-        target2 = self.target_projector(self.target_encoder(view2, training=True), training=True)
-
+        batch = self._views(batch)
+        target_projections = self._target_projections(batch, training=True)
         with tf.GradientTape() as tape:
-            representation1 = self.online_encoder(view1, training=True)
-            representation2 = self.online_encoder(view2, training=True)
-            projection1 = self.online_projector(representation1, training=True)
-            projection2 = self.online_projector(representation2, training=True)
-            prediction1 = self.predictor(projection1, training=True)
-            prediction2 = self.predictor(projection2, training=True)
-
-            loss = tf.reduce_mean(
-                prediction_loss(prediction1, target2) + prediction_loss(prediction2, target1)
-            )
-            logs = {"prediction_loss": loss}
-            if self.classifier is not None:
-                classifier_logs = self._classify(representation1, batch["label"])
-                loss += classifier_logs["classifier_loss"]
-                logs.update(classifier_logs)
-            logs["loss"] = loss
+            logs = self._loss_logs(batch, target_projections, training=True)
             # Keras sums the gradients of the replicas; the paper averages over the batch.
-            replica_loss = loss / self.distribute_strategy.num_replicas_in_sync
-
+            replica_loss = logs["loss"] / self.distribute_strategy.num_replicas_in_sync
         variables = self.trainable_variables
         gradients = tape.gradient(replica_loss, variables)
         self.optimizer.apply_gradients(zip(gradients, variables))
+        return self._mean_logs(logs)
 
-        logs["projection_std"] = projection_std(projection1)
-        logs["effective_rank"] = effective_rank(representation1)
+    def test_step(self, batch):
+        """The same loss on held-out views, for `evaluate`; both networks in inference mode."""
+        batch = self._views(batch)
+        target_projections = self._target_projections(batch, training=False)
+        return self._mean_logs(self._loss_logs(batch, target_projections, training=False))
+
+    def _target_projections(self, batch, training):
+        """z' of both views. In training the target network has batch statistics of its own."""
+        return [
+            self.target_projector(self.target_encoder(view, training=training), training=training)
+            for view in (batch["view1"], batch["view2"])
+        ]
+
+    def _loss_logs(self, batch, target_projections, training):
+        """The loss of a batch, averaged over its images, and what is logged beside it."""
+        target1, target2 = target_projections
+        representation1 = self.online_encoder(batch["view1"], training=training)
+        representation2 = self.online_encoder(batch["view2"], training=training)
+        projection1 = self.online_projector(representation1, training=training)
+        projection2 = self.online_projector(representation2, training=training)
+        prediction1 = self.predictor(projection1, training=training)
+        prediction2 = self.predictor(projection2, training=training)
+
+        loss = tf.reduce_mean(
+            prediction_loss(prediction1, target2) + prediction_loss(prediction2, target1)
+        )
+        logs = {
+            "prediction_loss": loss,
+            "projection_std": projection_std(projection1),
+            "effective_rank": effective_rank(representation1),
+        }
+        if self.classifier is not None:
+            classifier_logs = self._classify(representation1, batch["label"])
+            loss += classifier_logs["classifier_loss"]
+            logs.update(classifier_logs)
+        return {"loss": loss, **logs}
+
+    def _views(self, batch):
+        """The dict of views from what `fit` hands over, augmented where that is done here."""
+        batch, _, _ = keras.utils.unpack_x_y_sample_weight(batch)
+        return batch if self.augment is None else self.augment(batch)
+
+    def _mean_logs(self, logs):
         for key, mean in self._means.items():
             mean.update_state(logs[key])
         return {key: mean.result() for key, mean in self._means.items()}

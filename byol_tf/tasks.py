@@ -307,9 +307,11 @@ def _strategy():
     return tf.distribute.MirroredStrategy([device.name for device in devices])
 
 
-def split_cpu(count):
-    """Makes `count` logical devices of the CPU; before TensorFlow does anything."""
-    cpu = tf.config.list_physical_devices("CPU")[0]
-    tf.config.set_logical_device_configuration(
-        cpu, [tf.config.LogicalDeviceConfiguration()] * count
-    )
+def configure_devices():
+    """Sets threads and logical CPUs; before TensorFlow does anything."""
+    tf.config.threading.set_intra_op_parallelism_threads(FLAGS.intra_op_threads)
+    if FLAGS.logical_cpus > 1:
+        tf.config.set_logical_device_configuration(
+            tf.config.list_physical_devices("CPU")[0],
+            [tf.config.LogicalDeviceConfiguration()] * FLAGS.logical_cpus,
+        )

@@ -19,7 +19,7 @@ _FREE_FLAGS = {
     *("task", "workdir", "log_every", "checkpoint_every", "max_steps", "data_dir"),
     *("checkpoint", "num_classes", "keep_step"),
     *("eval_split", "embed_split", "embeddings_file"),
-    *("strategy", "logical_cpus", "augment_on", "deterministic"),
+    *("strategy", "logical_cpus", "augment_on", "deterministic", "intra_op_threads"),
 }
 
 

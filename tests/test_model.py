@@ -156,6 +156,24 @@ def test_fit_refuses_a_target_that_never_moves(tiny_encoder):
         model.compile("sgd", steps_per_execution=4)
 
 
+def test_evaluate_changes_nothing(tiny_encoder):
+    model = make_model(tiny_encoder(), random_target=True)
+    before = [w.numpy() for w in model.online_weights + model.target_weights]
+    logs = model.evaluate(dataset(), verbose=0, return_dict=True)
+    for weight, value in zip(model.online_weights + model.target_weights, before):
+        np.testing.assert_array_equal(weight, value)
+    expected = []
+    for data in dataset():
+        online1, online2 = (
+            model.predictor(model.online_projector(model(data[view]))) for view in ("view1", "view2")
+        )
+        target1, target2 = (
+            model.target_projector(model.target_encoder(data[view])) for view in ("view1", "view2")
+        )
+        expected.append(prediction_loss(online1, target2) + prediction_loss(online2, target1))
+    assert logs["prediction_loss"] == pytest.approx(np.mean(expected), rel=1e-4)
+
+
 def test_encoder_must_give_vectors():
     images = keras.Input((16, 16, 3))
     maps = keras.Model(images, keras.layers.Conv2D(4, 3)(images))

@@ -23,3 +23,10 @@ flags.DEFINE_enum(
 flags.DEFINE_integer(
     "logical_cpus", 1, "Split the CPU into so many devices, to try replicas.", lower_bound=1
 )
+flags.DEFINE_integer(
+    "intra_op_threads",
+    0,
+    "Threads inside one operation; 0: TensorFlow's choice. With 1, a small network is up to "
+    "half as fast again on two cores, which then work on the two views side by side.",
+    lower_bound=0,
+)

@@ -183,7 +183,7 @@ def test_encoder_must_give_vectors():
 
 def test_two_replicas_are_one(tiny_encoder, mirrored):
     """The same global batches give the same weights, statistics and target."""
-    weights = []
+    weights, initial = [], None
     for strategy in (tf.distribute.get_strategy(), mirrored):
         with strategy.scope():
             keras.utils.set_random_seed(5)
@@ -192,11 +192,9 @@ def test_two_replicas_are_one(tiny_encoder, mirrored):
                 byol_tf.LARS(0.5, 1e-4),
                 random_target=True,
             )
-        if weights:
-            for weight, value in zip(model.online_weights + model.target_weights, initial):
-                weight.assign(value)
-        else:
-            initial = [w.numpy() for w in model.online_weights + model.target_weights]
+        initial = initial or [w.numpy() for w in model.online_weights + model.target_weights]
+        for weight, value in zip(model.online_weights + model.target_weights, initial):
+            weight.assign(value)
         model.fit(
             dataset(size=16, steps=4), callbacks=[byol_tf.TargetNetworkUpdate(0.5)], verbose=0
         )

@@ -23,20 +23,23 @@ def parse(argv):
         FLAGS.unparse_flags()
         return FLAGS([argv[0], *lines, *argv[1:]])
     except flags.Error as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {str(error).removeprefix('ERROR:: ')}")
 
 
 def main(argv):
     if len(argv) > 1:
-        raise app.UsageError(f"{argv[1]!r} is not a flag: write --name=value.")
+        sys.exit(f"error: {argv[1]!r} is not a flag: write --name=value.")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # its notices hide ours
     from byol_tf import tasks  # loads TensorFlow, which --help and a wrong flag need not await
 
     try:
+        tasks.only_our_notices()
         tasks.configure_devices()
         tasks.run()
     except UserError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted: the same command goes on from the last checkpoint")
 
 
 if __name__ == "__main__":

@@ -6,13 +6,15 @@ import warnings
 import numpy as np
 
 from byol_tf.data import augment, views
+from byol_tf.errors import UserError
 from byol_tf.keras_api import keras
 
 TEMPERATURE = 0.07  # of the neighbours' votes (Wu et al. 2018)
-_CHUNK = 1024  # queries compared at a time, to bound memory
 _PROBE_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)  # scikit-learn's C, tried on a held-out part
 _HELD_OUT = 0.1  # of the training images
 _PROBE_ITERATIONS = 100
+_PROBE_IMAGES = 50_000  # to train on at most: L-BFGS holds them all, several times
+_SIMILARITIES = 2**26  # held at a time: 256 MB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,15 +82,16 @@ def knn_accuracy(train, test, *, k=20, temperature=TEMPERATURE):
     k = min(k, len(train_vectors))
     num_classes = int(max(train.labels.max(), test.labels.max())) + 1
     correct = 0
-    for start in range(0, len(test_vectors), _CHUNK):
-        similarity = test_vectors[start : start + _CHUNK] @ train_vectors.T
+    chunk = max(1, _SIMILARITIES // len(train_vectors))
+    for start in range(0, len(test_vectors), chunk):
+        similarity = test_vectors[start : start + chunk] @ train_vectors.T
         nearest = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
         similarity = np.take_along_axis(similarity, nearest, axis=1)
         weights = np.exp((similarity - 1.0) / temperature)  # at most 1: no overflow
         votes = np.zeros((len(nearest), num_classes))
         rows = np.arange(len(nearest))[:, np.newaxis]
         np.add.at(votes, (rows, train.labels[nearest]), weights)
-        correct += np.sum(votes.argmax(1) == test.labels[start : start + _CHUNK])
+        correct += np.sum(votes.argmax(1) == test.labels[start : start + chunk])
     return float(correct / len(test_vectors))
 
 
@@ -96,11 +99,12 @@ def linear_probe_accuracy(train, test, *, seed=0):
     """Top-1 accuracy of logistic regression on the frozen features, fitted by L-BFGS.
 
     Features are standardised by the training images' mean and deviation. The strength of
-    the L2 regularisation is chosen on a tenth of the training images, then all are fitted.
+    the L2 regularisation is chosen on a tenth of the training images, then all are fitted, in
+    at most 100 iterations. Of more than 50,000 training images so many are drawn.
 
     Args:
       train, test: `Features`, of images kept apart.
-      seed: of the choice of the held-out tenth.
+      seed: of these choices.
 
     Returns: a float in [0, 1].
     """
@@ -108,20 +112,26 @@ def linear_probe_accuracy(train, test, *, seed=0):
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
 
-    scaler = StandardScaler().fit(train.vectors)
-    vectors, test_vectors = scaler.transform(train.vectors), scaler.transform(test.vectors)
-    order = np.random.default_rng(seed).permutation(len(vectors))
+    order = np.random.default_rng(seed).permutation(len(train.vectors))[:_PROBE_IMAGES]
+    labels = train.labels[order]
+    if len(np.unique(labels)) < 2:
+        raise UserError("the linear probe needs training images of at least two classes.")
+    scaler = StandardScaler().fit(train.vectors[order])
+    vectors, test_vectors = scaler.transform(train.vectors[order]), scaler.transform(test.vectors)
+    order = np.arange(len(vectors))  # drawn at random already
     held_out, fitted = np.split(order, [max(1, int(_HELD_OUT * len(order)))])
 
     def fit(rows, strength):
         probe = LogisticRegression(C=strength, max_iter=_PROBE_ITERATIONS)
         with warnings.catch_warnings():
-            # To stop early is one more regularisation, and no news to the user.
+            # To stop early is one more regularisation, and no news to the user; nor are
+            # few images a class.
             warnings.simplefilter("ignore", ConvergenceWarning)
-            return probe.fit(vectors[rows], train.labels[rows])
+            warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)
+            return probe.fit(vectors[rows], labels[rows])
 
     def held_out_accuracy(strength):
-        return fit(fitted, strength).score(vectors[held_out], train.labels[held_out])
+        return fit(fitted, strength).score(vectors[held_out], labels[held_out])
 
     best = max(_PROBE_STRENGTHS, key=held_out_accuracy)
     return float(fit(order, best).score(test_vectors, test.labels))

@@ -61,7 +61,7 @@ class BYOL(keras.Model):
     `byol_tf.TargetNetworkUpdate`:
 
     * "view1", "view2": float32 [B, H, W, C], two augmented views of each image,
-    * "label": int64 [B], optional; feeds the online linear classifier.
+    * "label": int64 [B], optional; feeds the online linear classifier. -1: no label.
 
     Args:
       encoder: a `keras.Model` from images [B, H, W, C] to a vector [B, D]. The online
@@ -77,7 +77,8 @@ class BYOL(keras.Model):
       random_target: start the target network from its own random draw, as DeepMind's
         reference does, rather than from the online weights.
       synchronized_batch_norm: share the heads' batch statistics across replicas; by
-        default where the current strategy has more than one.
+        default where the current strategy has more than one. An encoder from elsewhere, as
+        of `keras.applications`, keeps its own kind of batch norm.
 
     Raises:
       ValueError: if the encoder does not give one vector an image or cannot be cloned.
@@ -97,9 +98,6 @@ class BYOL(keras.Model):
         name="byol",
     ):
         super().__init__(name=name)
-        if synchronized_batch_norm is None:
-            synchronized_batch_norm = tf.distribute.get_strategy().num_replicas_in_sync > 1
-
         def head(head_name, input_size):
             return mlp(
                 head_name,
@@ -202,11 +200,13 @@ class BYOL(keras.Model):
     def _classify(self, representation, labels):
         """Loss and accuracy of the linear classifier; the representation gets no gradient."""
         logits = self.classifier(tf.stop_gradient(representation))
-        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
-        correct = tf.equal(tf.argmax(logits, -1), tf.cast(labels, tf.int64))
+        known = tf.cast(labels >= 0, tf.float32)  # -1: an image without label
+        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(tf.maximum(labels, 0), logits)
+        correct = tf.cast(tf.equal(tf.argmax(logits, -1), tf.cast(labels, tf.int64)), tf.float32)
+        count = tf.reduce_sum(known)
         return {
-            "classifier_loss": tf.reduce_mean(losses),
-            "classifier_accuracy": tf.reduce_mean(tf.cast(correct, tf.float32)),
+            "classifier_loss": tf.math.divide_no_nan(tf.reduce_sum(losses * known), count),
+            "classifier_accuracy": tf.math.divide_no_nan(tf.reduce_sum(correct), count),
         }
 
     def call(self, images, training=False):
@@ -231,7 +231,7 @@ class BYOL(keras.Model):
         """(target, online) variables that the target update ties: weights, no BN statistics."""
         online = _learned(self.online_encoder) + _learned(self.online_projector)
         target = _learned(self.target_encoder) + _learned(self.target_projector)
-        return list(zip(target, online))
+        return list(zip(target, online, strict=True))
 
     @property
     def trainable_weights(self):
@@ -249,8 +249,12 @@ class BYOL(keras.Model):
         return list(self._means.values())
 
     def compile(self, optimizer="sgd", **kwargs):
-        """As `keras.Model.compile`, of which BYOL needs only the optimizer."""
-        if kwargs.get("steps_per_execution", 1) != 1:
+        """As `keras.Model.compile`, of which BYOL needs only the optimizer.
+
+        Raises:
+          ValueError: for steps_per_execution > 1.
+        """
+        if kwargs.get("steps_per_execution") not in (None, 1):
             raise ValueError(
                 "steps_per_execution must be 1: the target network moves after every step, in a "
                 "callback, and Keras calls callbacks only once every steps_per_execution steps."
@@ -258,7 +262,11 @@ class BYOL(keras.Model):
         super().compile(optimizer=optimizer, **kwargs)
 
     def fit(self, *args, callbacks=None, **kwargs):
-        """As `keras.Model.fit`; refuses to train with a target network that never moves."""
+        """As `keras.Model.fit`; refuses to train with a target network that never moves.
+
+        Raises:
+          ValueError: if there is no `TargetNetworkUpdate` among the callbacks.
+        """
         listed = getattr(callbacks, "callbacks", callbacks) or []
         listed = listed if isinstance(listed, (list, tuple)) else [listed]
         if not any(isinstance(callback, TargetNetworkUpdate) for callback in listed):
@@ -274,7 +282,7 @@ def _learned(layer):
     statistics = {
         id(weight)
         for sublayer in layer.submodules
-        if isinstance(sublayer, keras.layers.BatchNormalization)
+        if hasattr(sublayer, "moving_mean")
         for weight in (sublayer.moving_mean, sublayer.moving_variance)
     }
     return [weight for weight in layer.weights if id(weight) not in statistics]
@@ -302,6 +310,8 @@ def _clone(encoder):
 
 
 def _clone_layer(layer):
+    if isinstance(layer, keras.Model):
+        return keras.models.clone_model(layer, clone_function=_clone_layer)
     config = layer.get_config()
     if getattr(layer, "synchronized", False):
         config["synchronized"] = True  # which batch norm leaves out of its config

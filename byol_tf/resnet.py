@@ -1,5 +1,7 @@
 """The paper's encoder (section 3.3): a ResNet v1 that maps images to a representation."""
 
+import tensorflow as tf
+
 from byol_tf.keras_api import keras
 
 BLOCKS_PER_GROUP = {
@@ -28,9 +30,11 @@ def kernel_initializer():
 def batch_norm(inputs, synchronized, name):
     """Batch normalisation with the paper's momentum 0.9 and epsilon 1e-5.
 
-    `synchronized=True` shares the batch statistics across replicas. It never takes the
-    fused kernel, so use it only when there is more than one replica.
+    `synchronized` shares the batch statistics across replicas; None: where the current
+    strategy has more than one. It never takes the fused kernel, so it does not pay with one.
     """
+    if synchronized is None:
+        synchronized = tf.distribute.get_strategy().num_replicas_in_sync > 1
     return keras.layers.BatchNormalization(
         momentum=0.9,
         epsilon=1e-5,
@@ -45,7 +49,7 @@ def resnet_encoder(
     width_multiplier=1.0,
     stem="imagenet",
     image_size=None,
-    synchronized_batch_norm=False,
+    synchronized_batch_norm=None,
 ):
     """Builds a ResNet-18/34/50/101/152/200 without its classifier.
 
@@ -59,7 +63,8 @@ def resnet_encoder(
       stem: "imagenet" (7x7 convolution of stride 2, 3x3 max-pool of stride 2) or
         "small" (3x3 convolution of stride 1) for images of about 32 pixels.
       image_size: side of the square input in pixels, or None for any.
-      synchronized_batch_norm: share batch statistics across replicas.
+      synchronized_batch_norm: share batch statistics across replicas; by default where the
+        current strategy has more than one.
 
     Returns:
       A `keras.Model` from images float [B, image_size, image_size, 3], normalised by the
@@ -96,7 +101,7 @@ def resnet(
     bottleneck=True,
     stem="imagenet",
     image_size=None,
-    synchronized_batch_norm=False,
+    synchronized_batch_norm=None,
     name="resnet",
 ):
     """Builds a ResNet of any size; `resnet_encoder` chooses the paper's.
@@ -159,7 +164,7 @@ def resnet(
     return keras.Model(images, x, name=name)
 
 
-def mlp(name, input_size, hidden_size, output_size, *, synchronized_batch_norm=False):
+def mlp(name, input_size, hidden_size, output_size, *, synchronized_batch_norm=None):
     """The projector g and the predictor q of the paper: Dense - BN - ReLU - Dense.
 
     The first layer has a bias, the last has none (appendix C.1, DeepMind's reference).

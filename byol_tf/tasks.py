@@ -40,8 +40,51 @@ def run():
     keras.utils.set_random_seed(FLAGS.seed)
     if FLAGS.deterministic:
         tf.config.experimental.enable_op_determinism()
+    _check_inputs(tasks)
     for task in tasks:
         TASKS[task]()
+
+
+def _check_inputs(tasks):
+    """Opens all that the tasks will need: what is wrong is said before an hour of training.
+
+    Raises:
+      UserError: if a split cannot be read or is empty, or the workdir cannot be written.
+    """
+    splits = {
+        "pretrain": [FLAGS.train_split],
+        "knn": [FLAGS.train_split, FLAGS.eval_split],
+        "linear_eval": [FLAGS.train_split, FLAGS.eval_split],
+        "embed": [FLAGS.embed_split],
+    }
+    for split in dict.fromkeys(split for task in tasks for split in splits.get(task, ())):
+        if split == FLAGS.eval_split and not _source(FLAGS.train_split).class_names:
+            continue  # nothing to evaluate: the tasks say so and go on
+        if not _source(split).num_examples:
+            raise UserError(f"split {split!r} of --dataset={FLAGS.dataset} is empty.")
+    if "pretrain" in tasks:
+        views.steps_per_epoch(_source(FLAGS.train_split), FLAGS.batch_size)
+        if FLAGS.warmup_epochs >= FLAGS.epochs:
+            logging.warning(
+                "--warmup_epochs=%g: the learning rate only rises in --epochs=%d: take fewer.",
+                FLAGS.warmup_epochs,
+                FLAGS.epochs,
+            )
+    if {"knn", "linear_eval"} & set(tasks) and FLAGS.eval_split == FLAGS.train_split:
+        logging.warning(
+            "--eval_split is --train_split: the accuracies are of images trained on."
+        )
+    try:
+        _folder().mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--workdir={FLAGS.workdir}: {error.strerror}: choose a folder that can be written."
+        ) from error
+
+
+@functools.lru_cache(maxsize=None)
+def _source(split):
+    return load_source(FLAGS.dataset, split, FLAGS.data_dir)
 
 
 def import_deepmind():
@@ -52,14 +95,13 @@ def import_deepmind():
     found = deepmind.architecture(checkpoint)
     num_classes = found.pop("num_classes")
     workdir.set_flags(found, source=FLAGS.checkpoint)
-    model = _build_model(FLAGS.num_classes or num_classes, tf.distribute.get_strategy())
+    model = _build_model(FLAGS.num_classes or num_classes)
     schedule = WarmupCosine(0.0, total_steps=1)  # the checkpoint holds no schedule, only a step
     model.compile(make_optimizer(FLAGS.optimizer, schedule, FLAGS.weight_decay))
     model.optimizer.build(model.trainable_variables)
     deepmind.import_deepmind(model, checkpoint)
     if not FLAGS.keep_step:
         model.optimizer.iterations.assign(0)
-    _folder().mkdir(parents=True, exist_ok=True)
     workdir.write_imported_flags(FLAGS.workdir)
     manager = _checkpoints(tf.train.Checkpoint(model=model))
     manager.save(checkpoint_number=int(model.optimizer.iterations))
@@ -71,13 +113,13 @@ def import_deepmind():
 
 def pretrain():
     """Trains from the last checkpoint, if there is one, to the last step."""
-    source = load_source(FLAGS.dataset, FLAGS.train_split, FLAGS.data_dir)
+    source = _source(FLAGS.train_split)
     per_epoch = views.steps_per_epoch(source, FLAGS.batch_size)
     total_steps = per_epoch * FLAGS.epochs
     strategy = _strategy()
     with strategy.scope(), _policy(FLAGS.precision):
         num_classes = len(source.class_names) if source.class_names else None
-        model = _build_model(num_classes, strategy)
+        model = _build_model(num_classes)
         schedule = WarmupCosine(
             FLAGS.base_learning_rate * FLAGS.batch_size / 256,
             total_steps,
@@ -93,7 +135,6 @@ def pretrain():
             _check_classes(manager.latest_checkpoint, num_classes)
             status = manager.checkpoint.restore(manager.latest_checkpoint)
             status.assert_existing_objects_matched()
-    _folder().mkdir(parents=True, exist_ok=True)
     workdir.write_flags(FLAGS.workdir)
 
     def batches_from(step):
@@ -136,8 +177,9 @@ def pretrain():
     results["weights_sha256"] = workdir.weights_sha256(model)
     if watch.images_per_second:
         results["images_per_second"] = watch.images_per_second
+        # The accuracies of before are of other weights.
+        results.update(dict.fromkeys(("knn_top1", "knn200_top1", "linear_top1")))
     workdir.update_results(FLAGS.workdir, **results)
-    _features.cache_clear()
 
 
 def _check_classes(checkpoint, num_classes):
@@ -152,10 +194,9 @@ def _check_classes(checkpoint, num_classes):
         )
 
 
-def _build_model(num_classes, strategy):
-    encoder = _encoder(synchronized=strategy.num_replicas_in_sync > 1)
+def _build_model(num_classes):
     return BYOL(
-        encoder,
+        _encoder(),
         projector_hidden_size=FLAGS.projector_hidden_size,
         projector_output_size=FLAGS.projector_output_size,
         num_classes=num_classes,
@@ -181,8 +222,7 @@ def linear_eval():
 
 def _evaluate(accuracies):
     """Measures the encoder, the same at random initialisation, and raw pixels."""
-    train = load_source(FLAGS.dataset, FLAGS.train_split, FLAGS.data_dir)
-    if train.class_names is None:
+    if _source(FLAGS.train_split).class_names is None:
         logging.warning(
             "skipped %s: --dataset=%s has no labels", " and ".join(accuracies), FLAGS.dataset
         )
@@ -190,6 +230,10 @@ def _evaluate(accuracies):
     for what in ("trained", "random_init", "raw_pixels"):
         train_features = _features(what, FLAGS.train_split)
         test_features = _features(what, FLAGS.eval_split)
+        if min(train_features.labels.min(), test_features.labels.min()) < 0:
+            logging.warning("skipped %s: there are images without labels", " and ".join(accuracies))
+            return
+        logging.info("measuring %s, %s", what, " and ".join(accuracies))
         figures = {
             name: accuracy(train_features, test_features) for name, accuracy in accuracies.items()
         }
@@ -202,15 +246,13 @@ def _evaluate(accuracies):
 @functools.lru_cache(maxsize=None)
 def _features(what, split):
     """Features of one split by the trained or the random encoder, or raw pixels."""
-    source = load_source(FLAGS.dataset, split, FLAGS.data_dir)
+    source = _source(split)
     if what == "raw_pixels":
         # More pixels make no better features, only larger ones.
         features = evaluation.raw_pixels(source, image_size=min(FLAGS.image_size, 32))
     else:
         encoder = _trained_encoder() if what == "trained" else _random_encoder()
         features = evaluation.extract_features(encoder, source, image_size=FLAGS.image_size)
-    if len(features.labels) and features.labels.min() < 0:
-        raise UserError(f"split {split!r} of --dataset={FLAGS.dataset} has images without labels.")
     return features
 
 
@@ -223,7 +265,7 @@ def export():
 
 def embed():
     """Writes the embeddings of the images of --embed_split."""
-    source = load_source(FLAGS.dataset, FLAGS.embed_split, FLAGS.data_dir)
+    source = _source(FLAGS.embed_split)
     features = evaluation.extract_features(
         _trained_encoder(), source, image_size=FLAGS.image_size
     )
@@ -259,13 +301,12 @@ def _random_encoder():
         return _encoder()
 
 
-def _encoder(synchronized=False):
+def _encoder():
     return resnet.resnet_encoder(
         FLAGS.encoder,
         width_multiplier=FLAGS.width_multiplier,
         stem=FLAGS.stem,
         image_size=FLAGS.image_size,
-        synchronized_batch_norm=synchronized,
     )
 
 
@@ -305,6 +346,16 @@ def _strategy():
             f"take {math.ceil(FLAGS.batch_size / len(devices)) * len(devices)}."
         )
     return tf.distribute.MirroredStrategy([device.name for device in devices])
+
+
+def only_our_notices():
+    """Keeps back what libraries say below an error: it hides what this project says."""
+
+    def is_ours(record):
+        return record.levelno >= logging.converter.STANDARD_ERROR or "byol_tf" in record.pathname
+
+    logging.use_absl_handler()
+    logging.get_absl_handler().addFilter(is_ours)
 
 
 def configure_devices():

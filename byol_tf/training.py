@@ -95,8 +95,9 @@ class Checkpoints(keras.callbacks.Callback):
 class Watch(keras.callbacks.Callback):
     """Logs to metrics.jsonl and TensorBoard, and looks out for collapse and NaN.
 
-    Every logged figure is the mean since the line before or the epoch's begin. `images_per_second` leaves out
-    the first step, which compiles.
+    Losses, accuracy, deviation and rank are means since the line before or the epoch's
+    begin, the other figures those of the step; `images_per_second` leaves out the first
+    step, which compiles.
 
     Args:
       workdir: folder of metrics.jsonl and tensorboard/.
@@ -123,11 +124,13 @@ class Watch(keras.callbacks.Callback):
         self._started = None
         self._collapsed = False
         self._logged = False
+        self._unlogged = None
 
     def on_train_begin(self, logs=None):
         self._step = int(self.model.optimizer.iterations.numpy())
         self._timed_steps = 0
         self._started = None
+        self._forget_later_steps()
 
     def on_train_batch_begin(self, batch, logs=None):
         if self._logged:  # not at once: Keras still shows the means at the end of an epoch
@@ -140,12 +143,23 @@ class Watch(keras.callbacks.Callback):
             self._started = time.perf_counter()
         else:
             self._timed_steps += 1
+        self._unlogged = logs
         if self._step % self.log_every == 0:
             self._log(logs)
 
     def on_train_end(self, logs=None):
+        if self._unlogged is not None:
+            self._log(self._unlogged)  # so that the last step has a line
         self._time()
         self.writer.flush()
+
+    def _forget_later_steps(self):
+        """Drops lines of steps that were lost when a run was killed and are done again."""
+        if self.metrics_file.exists():
+            lines = self.metrics_file.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if json.loads(line)["step"] <= self._step]
+            if kept != lines:
+                self.metrics_file.write_text("".join(kept))
 
     def _time(self):
         if self._timed_steps:
@@ -155,6 +169,7 @@ class Watch(keras.callbacks.Callback):
     def _log(self, logs):
         figures = {name: float(value) for name, value in logs.items()}
         self._logged = True  # the next line begins anew
+        self._unlogged = None
         self._time()
         k = self._step - 1
         figures["target_ema"] = float(target_ema(k, self.base_target_ema, self.total_steps))

@@ -39,7 +39,9 @@ def read_flags(workdir):
     if not path.exists():
         return {}
     lines = path.read_text().splitlines()
-    return {line.lstrip("-").split("=")[0].removeprefix("no"): line for line in lines if line}
+    names = [line.lstrip("-").split("=")[0] for line in lines if line.startswith("--")]
+    lines = [line for line in lines if line.startswith("--")]
+    return {n if n in FLAGS else n.removeprefix("no"): line for n, line in zip(names, lines)}
 
 
 def write_flags(workdir, names=None):
@@ -90,7 +92,7 @@ def check_flags(saved, pretrain):
 
 
 def update_results(workdir, **results):
-    """Merges figures into results.json, keeping what is there."""
+    """Merges figures into results.json, keeping what is there; None takes one out."""
     path = _file(workdir, "results.json")
     try:
         merged = json.loads(path.read_text()) if path.exists() else {}
@@ -100,6 +102,7 @@ def update_results(workdir, **results):
         if isinstance(value, dict):
             value = {**merged.get(key, {}), **value}
         merged[key] = value
+    merged = {key: value for key, value in merged.items() if value is not None}
     merged["versions"] = _versions()
     write_text(path, json.dumps(merged, indent=2) + "\n")
 

@@ -72,7 +72,7 @@ def test_knn_of_ties_and_zeros():
 def test_knn_in_chunks(monkeypatch):
     train, test = blobs(100, 1.5, seed=1), blobs(50, 1.5, seed=2)
     expected = evaluation.knn_accuracy(train, test)
-    monkeypatch.setattr(evaluation, "_CHUNK", 7)
+    monkeypatch.setattr(evaluation, "_SIMILARITIES", 700)  # seven queries at a time
     assert evaluation.knn_accuracy(train, test) == expected
 
 

@@ -119,6 +119,19 @@ def test_classifier_does_not_touch_the_encoder(tiny_encoder):
     assert np.abs(weights[0][1][0] - weights[1][1][0]).max() > 1e-4
 
 
+def test_images_without_label_do_not_count(tiny_encoder):
+    weights = []
+    for labels in ([0, 1, 2, 3, -1, -1, -1, -1], [0, 1, 2, 3] * 2):
+        keras.utils.set_random_seed(3)
+        model = make_model(tiny_encoder())
+        data = batch()
+        half = {key: np.concatenate([value[:4]] * 2) for key, value in data.items()}
+        logs = model.train_on_batch({**half, "label": np.array(labels)}, return_dict=True)
+        weights.append((logs["classifier_loss"], model.classifier.get_weights()))
+    assert weights[0][0] == pytest.approx(weights[1][0], rel=1e-5)
+    np.testing.assert_allclose(weights[0][1][0], weights[1][1][0], rtol=1e-5)
+
+
 def test_target_follows_by_the_formula(tiny_encoder):
     model = make_model(tiny_encoder(), random_target=True)
     base, total = 0.9, 2
@@ -142,9 +155,11 @@ def test_target_follows_by_the_formula(tiny_encoder):
     for (target, _), value in zip(pairs, expected):
         np.testing.assert_allclose(target, value, rtol=1e-5, atol=1e-6)
     # Its own batch statistics have moved, by its own batches and not by the formula.
-    names = [w.name for w in model.target_weights]
-    for name, weight, before in zip(names, model.target_weights, moving):
-        if "moving_mean" in name:
+    assert not any("moving" in target.name for target, _ in pairs)
+    means = [w.name.count("moving_mean") for w in model.target_weights]
+    assert sum(means) == 2
+    for is_mean, weight, before in zip(means, model.target_weights, moving):
+        if is_mean:
             assert np.abs(weight.numpy() - before).max() > 1e-6
 
 

@@ -60,6 +60,7 @@ def test_learning_rate_warms_up_and_decays():
 
 
 def test_target_ema_rises_to_one():
+    assert float(byol_tf.target_ema(150, 0.99, 100)) == 1.0
     for k in (0, 1, 50, 100):
         expected = 1 - (1 - 0.99) * (math.cos(math.pi * k / 100) + 1) / 2
         assert float(byol_tf.target_ema(k, 0.99, 100)) == pytest.approx(expected, abs=1e-7)

@@ -15,6 +15,7 @@ from byol_tf.data.source import Source
 from byol_tf.errors import UserError
 
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif")
+_OTHER_EXTENSIONS = (".webp", ".tif", ".tiff", ".avif", ".heic", ".jp2", ".svg")
 _SPLIT_FOLDERS = {"train": "train", "test": "test", "validation": "validation", "val": "validation"}
 _TEST_SHARE = 10  # one of so many files is for testing, where there are no split folders
 # A small file can claim to be an image that does not fit into memory.
@@ -75,6 +76,7 @@ def _root(data_dir):
 def _image_files(root):
     """Sorted paths, relative to `root` and with slashes, of what is called like an image."""
     files = []
+    others = []
     chains = {}  # from a folder to the real paths of it and of all above
     for folder, subfolders, names in os.walk(root, onerror=_log_unlisted, followlinks=True):
         real, above = os.path.realpath(folder), chains.get(os.path.dirname(folder), ())
@@ -89,6 +91,11 @@ def _image_files(root):
             for name in names
             if name.lower().endswith(_EXTENSIONS) and not name.startswith(".")
         ]
+        others += [name for name in names if name.lower().endswith(_OTHER_EXTENSIONS)]
+    if others:
+        logging.warning(
+            "ignored %d images of kinds that cannot be read here, such as %s", len(others), others[0]
+        )
     return sorted(files)
 
 

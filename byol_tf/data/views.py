@@ -4,6 +4,8 @@ The data's way: source (encoded images) -> crop and resize (uint8) -> photometri
 augmentation (float32), the last on the host or on the accelerator.
 """
 
+import os
+
 import tensorflow as tf
 
 from byol_tf.data import augment, crop, decode
@@ -13,6 +15,7 @@ from byol_tf.errors import UserError
 _CACHE_BYTES = 2**30
 # Of a data set that is streamed, and stored in random order already: 2 GB of ImageNet.
 _SHUFFLED_RECORDS = 16_384
+_PARALLEL_CALLS = max(2, os.cpu_count() or 2)
 _DRAWS = crop.NUM_DRAWS + augment.NUM_DRAWS
 
 
@@ -178,7 +181,7 @@ def _crop_encoded(source, record, image_size, area_range):
 
 
 def _map(dataset, function):
-    return dataset.map(function, num_parallel_calls=2, deterministic=True)
+    return dataset.map(function, num_parallel_calls=_PARALLEL_CALLS, deterministic=True)
 
 
 def _options():

@@ -24,6 +24,9 @@ def export_encoder(encoder, directory, *, image_size):
       encoder: a `keras.Model` from normalised images to vectors.
       directory: path of the SavedModel.
       image_size: side of the encoder's input in pixels.
+
+    Raises:
+      OSError: if the directory cannot be written; what was there is still there then.
     """
     module = tf.Module()
     module.weights = list(encoder.weights)  # without the layers: no Keras in the SavedModel

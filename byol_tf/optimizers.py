@@ -24,9 +24,9 @@ class LARS(keras.optimizers.Optimizer):
 
     Args:
       learning_rate: a float or a `LearningRateSchedule`.
-      weight_decay: L2 coefficient, 1.5e-6 in the paper.
-      momentum: 0.9 in the paper.
-      trust_coefficient: eta, 1e-3 in the paper.
+      weight_decay: float, L2 coefficient, 1.5e-6 in the paper.
+      momentum: float, 0.9 in the paper.
+      trust_coefficient: float, eta, 1e-3 in the paper.
     """
 
     def __init__(
@@ -86,6 +86,13 @@ def make_optimizer(name, learning_rate, weight_decay):
 
     LARS as above. "sgd" (momentum 0.9) and "adam" decay the weights apart from the
     gradient, as Keras does. "lamb" comes from TensorFlow Addons.
+
+    Args:
+      name: one of `OPTIMIZERS`.
+      learning_rate: a float or a `LearningRateSchedule`.
+      weight_decay: float, of weights of rank 2 and more.
+
+    Returns: a Keras optimizer.
 
     Raises:
       ValueError: for an unknown name.

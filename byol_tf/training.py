@@ -26,6 +26,9 @@ def train(model, batches_from, *, steps_per_epoch, epochs, max_steps, callbacks,
       steps_per_epoch, epochs: of the whole run.
       max_steps: stop there, or None.
       callbacks, verbose: as in `fit`.
+
+    Raises:
+      TrainingDiverged: if a callback below finds a loss or a weight that is not finite.
     """
     stop = steps_per_epoch * epochs
     stop = min(stop, max_steps or stop)

@@ -22,6 +22,10 @@ _DRAWS = crop.NUM_DRAWS + augment.NUM_DRAWS
 def steps_per_epoch(source, batch_size):
     """Full batches in one pass over the source; the remainder is left out, as in the paper.
 
+    Args: source: a `byol_tf.data.source.Source`. batch_size: global, in images.
+
+    Returns: int, at least 1.
+
     Raises:
       UserError: if there are fewer images than one batch.
     """
@@ -65,6 +69,9 @@ def pretrain_batches(
       A dataset of dicts: "view1" and "view2", float32 [B, image_size, image_size, 3], and
       "label", int64 [B], where the source has labels. On the accelerator the views are
       uint8 and come with their "draws1" and "draws2", float32 [B, NUM_DRAWS].
+
+    Raises:
+      UserError: if there are fewer images than one batch.
     """
     per_epoch = steps_per_epoch(source, batch_size)
     start_epoch, skipped_batches = divmod(start_step, per_epoch)
@@ -104,7 +111,14 @@ def pretrain_batches(
 
 
 def augment_batch(batch):
-    """Finishes the two cropped views of a batch: uint8 and draws in, float32 views out."""
+    """Finishes the two cropped views of a batch (paper, appendix B).
+
+    Args:
+      batch: from `pretrain_batches` for the accelerator: "view1" and "view2", uint8
+        [B, S, S, 3], "draws1" and "draws2", float32 [B, NUM_DRAWS], and maybe "label".
+
+    Returns: a dict of "view1" and "view2", float32 [B, S, S, 3], and the label.
+    """
     views = {
         "view1": augment.augment(batch["view1"], batch["draws1"], augment.VIEW_1),
         "view2": augment.augment(batch["view2"], batch["draws2"], augment.VIEW_2),
@@ -114,6 +128,11 @@ def augment_batch(batch):
 
 def eval_batches(source, *, image_size, batch_size=256):
     """Every image once, in order, centre-cropped (paper, appendix C.1).
+
+    Args:
+      source: a `byol_tf.data.source.Source`.
+      image_size: side of the result, in pixels.
+      batch_size: in images.
 
     Returns:
       A dataset of dicts: "image", uint8 [B, image_size, image_size, 3], "label" and

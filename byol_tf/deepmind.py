@@ -171,7 +171,7 @@ _STATISTICS = {"mean_ema": "moving_mean", "var_ema": "moving_variance"}
 
 
 def _layer_name(module):
-    """"res_net50/~/block_group_0/~/block_1/~/conv_2" -> "group0_block1_2_conv"."""
+    """ "res_net50/~/block_group_0/~/block_1/~/conv_2" -> "group0_block1_2_conv"."""
     for pattern, name in _LAYERS.items():
         match = re.fullmatch(pattern, module)
         if match:

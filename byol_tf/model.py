@@ -49,9 +49,7 @@ def effective_rank(representations):
     x = tf.cast(representations, tf.float32)
     x -= tf.reduce_mean(x, 0)
     gram = tf.matmul(x, x, transpose_b=True)
-    return tf.math.divide_no_nan(
-        tf.square(tf.linalg.trace(gram)), tf.reduce_sum(tf.square(gram))
-    )
+    return tf.math.divide_no_nan(tf.square(tf.linalg.trace(gram)), tf.reduce_sum(tf.square(gram)))
 
 
 class BYOL(keras.Model):
@@ -98,6 +96,7 @@ class BYOL(keras.Model):
         name="byol",
     ):
         super().__init__(name=name)
+
         def head(head_name, input_size):
             return mlp(
                 head_name,

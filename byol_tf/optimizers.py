@@ -49,9 +49,7 @@ class LARS(keras.optimizers.Optimizer):
         super().build(var_list)
         if getattr(self, "momentums", None):
             return
-        self.momentums = [
-            self.add_variable_from_reference(variable, "m") for variable in var_list
-        ]
+        self.momentums = [self.add_variable_from_reference(variable, "m") for variable in var_list]
 
     def update_step(self, gradient, variable):
         momentum = self.momentums[self._index_dict[self._var_key(variable)]]

@@ -22,9 +22,7 @@ def kernel_initializer():
     Keras' VarianceScaling makes up for the variance that the cut takes away (it divides the
     stddev by 0.8796...); haiku does not, so the scale takes that back.
     """
-    return keras.initializers.VarianceScaling(
-        0.87962566103423978**2, "fan_in", "truncated_normal"
-    )
+    return keras.initializers.VarianceScaling(0.87962566103423978**2, "fan_in", "truncated_normal")
 
 
 def batch_norm(inputs, synchronized, name):

@@ -21,7 +21,8 @@ class TargetNetworkUpdate(keras.callbacks.Callback):
         know its number of steps an epoch.
 
     Raises:
-      ValueError: if `base_target_ema` is not in [0, 1], or K cannot be known.
+      ValueError: if `base_target_ema` is not in [0, 1], K cannot be known, or a fit begins
+        after it, when the target would no longer move.
     """
 
     # Without this Keras copies the logs of every step to the host.
@@ -44,6 +45,12 @@ class TargetNetworkUpdate(keras.callbacks.Callback):
                     "total_steps=, or give fit steps_per_epoch=."
                 )
             total_steps = self.params["steps"] * self.params["epochs"]
+        step = int(self.model.optimizer.iterations.numpy())
+        if step >= total_steps:
+            raise ValueError(
+                f"This fit begins at step {step}, past the {total_steps} steps over which tau rises: "
+                "give TargetNetworkUpdate total_steps=, of all fits together."
+            )
         self._update = self._compiled_update(total_steps)
 
     def on_train_batch_end(self, batch, logs=None):

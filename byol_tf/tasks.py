@@ -71,9 +71,7 @@ def _check_inputs(tasks):
                 FLAGS.epochs,
             )
     if {"knn", "linear_eval"} & set(tasks) and FLAGS.eval_split == FLAGS.train_split:
-        logging.warning(
-            "--eval_split is --train_split: the accuracies are of images trained on."
-        )
+        logging.warning("--eval_split is --train_split: the accuracies are of images trained on.")
     try:
         _folder().mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -266,9 +264,7 @@ def export():
 def embed():
     """Writes the embeddings of the images of --embed_split."""
     source = _source(FLAGS.embed_split)
-    features = evaluation.extract_features(
-        _trained_encoder(), source, image_size=FLAGS.image_size
-    )
+    features = evaluation.extract_features(_trained_encoder(), source, image_size=FLAGS.image_size)
     path = _folder() / FLAGS.embeddings_file
     write_embeddings(features, path, source.class_names)
     print(f"{len(features.vectors)} embeddings written to {path}")

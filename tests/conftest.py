@@ -17,8 +17,10 @@ tf.config.set_logical_device_configuration(
 )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def mirrored():
+    """Two replicas. Only once a process: each strategy would count its sums from the start, and
+    TensorFlow would take one for another's."""
     return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 
 

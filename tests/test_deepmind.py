@@ -46,9 +46,7 @@ def test_import_of_the_references_own_file():
     kernel = model.online_encoder.get_layer("group2_block0_1_conv").kernel
     np.testing.assert_array_equal(kernel, online[block + "conv_1"]["w"])
     index = [variable is kernel for variable in model.trainable_variables].index(True)
-    np.testing.assert_array_equal(
-        model.optimizer.momentums[index], momentum[block + "conv_1"]["w"]
-    )
+    np.testing.assert_array_equal(model.optimizer.momentums[index], momentum[block + "conv_1"]["w"])
     target = model.target_projector.get_layer("target_projector_bn")
     average = state["target_state"]["projector/batch_norm/~/var_ema"]["average"]
     np.testing.assert_array_equal(target.moving_variance, average.reshape(-1))
@@ -239,16 +237,16 @@ def folder_of_images(tmp_path):
 EVIL = {
     "os.system": lambda p: b"\x80\x02cos\nsystem\nX%c\0\0\0touch %s\x85R." % (len(p) + 6, p),
     "posix.system": lambda p: b"cposix\nsystem\n(S'touch %s'\ntR." % p,
-    "builtins.eval": lambda p: b"cbuiltins\neval\n(S'open(\"%s\", \"w\")'\ntR." % p,
-    "__builtin__.eval": lambda p: b"c__builtin__\neval\n(S'open(\"%s\", \"w\")'\ntR." % p,
+    "builtins.eval": lambda p: b'cbuiltins\neval\n(S\'open("%s", "w")\'\ntR.' % p,
+    "__builtin__.eval": lambda p: b'c__builtin__\neval\n(S\'open("%s", "w")\'\ntR.' % p,
     "builtins.getattr": lambda p: b"cbuiltins\ngetattr\n(cnumpy\nndarray\nS'tofile'\ntR.",
-    "builtins.exec": lambda p: b"(S'open(\"%s\", \"w\")'\nibuiltins\nexec\n." % p,
+    "builtins.exec": lambda p: b'(S\'open("%s", "w")\'\nibuiltins\nexec\n.' % p,
     "subprocess.Popen": lambda p: b"csubprocess\nPopen\n((S'touch'\nS'%s'\nltR." % p,
     "numpy.load": lambda p: b"cnumpy\nload\n(S'%s'\ntR." % p,
     "numpy.f2py.compile": lambda p: b"cnumpy.f2py\ncompile\n(S''\ntR.",
     "numpy.ndarray.tofile": lambda p: b"\x80\x04\x8c\x05numpy\x8c\x0endarray.tofile\x93.",
     "numpy.testing._private.utils.runstring": lambda p: (
-        b"cnumpy.testing._private.utils\nrunstring\n(S'open(\"%s\", \"w\")'\n}tR." % p
+        b'cnumpy.testing._private.utils\nrunstring\n(S\'open("%s", "w")\'\n}tR.' % p
     ),
     "copyreg._reconstructor": lambda p: b"ccopyreg\n_reconstructor\n(cbuiltins\nobject\nNtR.",
     "dill._dill._import_module": lambda p: b"cdill._dill\n_import_module\n(S'os.system'\ntR.",

@@ -100,9 +100,7 @@ def test_linear_probe_finds_what_is_there_and_no_more():
     assert abs(evaluation.linear_probe_accuracy(*shuffled) - 0.2) < 0.1
 
 
-@pytest.mark.parametrize(
-    "accuracy", [evaluation.linear_probe_accuracy, evaluation.knn_accuracy]
-)
+@pytest.mark.parametrize("accuracy", [evaluation.linear_probe_accuracy, evaluation.knn_accuracy])
 def test_test_images_teach_nothing(accuracy):
     """Test labels that contradict the training ones cannot be learned, only failed."""
     train, test = blobs(200, 0.1, seed=1), blobs(100, 0.1, seed=2)

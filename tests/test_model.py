@@ -151,7 +151,9 @@ def test_target_follows_by_the_formula(tiny_encoder):
     )
     for k, onlines in enumerate(history):
         tau = 1 - (1 - base) * (np.cos(np.pi * k / total) + 1) / 2
-        expected = [target + (1 - tau) * (online - target) for target, online in zip(expected, onlines)]
+        expected = [
+            target + (1 - tau) * (online - target) for target, online in zip(expected, onlines)
+        ]
     for (target, _), value in zip(pairs, expected):
         np.testing.assert_allclose(target, value, rtol=1e-5, atol=1e-6)
     # Its own batch statistics have moved, by its own batches and not by the formula.
@@ -180,7 +182,8 @@ def test_evaluate_changes_nothing(tiny_encoder):
     expected = []
     for data in dataset():
         online1, online2 = (
-            model.predictor(model.online_projector(model(data[view]))) for view in ("view1", "view2")
+            model.predictor(model.online_projector(model(data[view])))
+            for view in ("view1", "view2")
         )
         target1, target2 = (
             model.target_projector(model.target_encoder(data[view])) for view in ("view1", "view2")

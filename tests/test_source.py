@@ -310,7 +310,9 @@ def test_tfds(prepared):
 
 
 def test_tfds_parts_of_splits(prepared):
-    assert names(source.load_source("tinyset", "train[:25%]", prepared)) == [f"{i}.png" for i in range(4)]
+    assert names(source.load_source("tinyset", "train[:25%]", prepared)) == [
+        f"{i}.png" for i in range(4)
+    ]
     assert names(source.load_source("tinyset", "train[-2:]", prepared)) == ["14.png", "15.png"]
     assert source.load_source("tinyset", "train+test", prepared).num_examples == 20
 

@@ -225,12 +225,16 @@ def test_target_update_must_know_its_steps(model):
         model.fit(unknown, callbacks=[byol_tf.TargetNetworkUpdate(0.9)], verbose=0)
     assert int(model.optimizer.iterations) == 0
     for update, kwargs in (
-        (byol_tf.TargetNetworkUpdate(0.9, total_steps=8), {}),
         (byol_tf.TargetNetworkUpdate(0.9), {"steps_per_epoch": 2}),
+        (byol_tf.TargetNetworkUpdate(0.9, total_steps=100), {}),
     ):
         before = model.target_pairs[0][0].numpy()
         model.fit(unknown, callbacks=[update], verbose=0, **kwargs)
         assert np.abs(model.target_pairs[0][0].numpy() - before).max() > 0
+    with pytest.raises(ValueError, match="past the 2 steps"):
+        model.fit(
+            unknown, callbacks=[byol_tf.TargetNetworkUpdate(0.9)], verbose=0, steps_per_epoch=2
+        )
 
 
 @pytest.mark.parametrize("tau", [-0.1, 1.1, float("nan")])

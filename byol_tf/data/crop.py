@@ -105,9 +105,7 @@ def crop_and_resize(images, boxes, size):
 
 def _bicubic_matrix(starts, lengths, full_length, size):
     """float32 [B, size, full_length]: weights of every input pixel in every output pixel."""
-    starts, lengths = (
-        tf.cast(t, tf.float32)[:, tf.newaxis, tf.newaxis] for t in (starts, lengths)
-    )
+    starts, lengths = (tf.cast(t, tf.float32)[:, tf.newaxis, tf.newaxis] for t in (starts, lengths))
     outputs = tf.range(size, dtype=tf.float32)[:, tf.newaxis]
     inputs = np.arange(full_length, dtype=np.float32)
     centres = starts + (outputs + 0.5) * lengths / size - 0.5

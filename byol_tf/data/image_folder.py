@@ -94,7 +94,9 @@ def _image_files(root):
         others += [name for name in names if name.lower().endswith(_OTHER_EXTENSIONS)]
     if others:
         logging.warning(
-            "ignored %d images of kinds that cannot be read here, such as %s", len(others), others[0]
+            "ignored %d images of kinds that cannot be read here, such as %s",
+            len(others),
+            others[0],
         )
     return sorted(files)
 

@@ -21,7 +21,8 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
 
     An image is covered with figures of one class. Their colours, place, size, rotation and
     deformation, the background's colours, the lighting and the noise are nuisances: no
-    pixel tells the class. What two crops of an image have in common is the figure. Drawn anew from the number of the image, always alike.
+    pixel tells the class. What two crops of an image have in common is the figure. Drawn anew
+    from the number of the image, always alike.
     """
 
     VERSION = tfds.core.Version("2.0.0")

@@ -48,8 +48,8 @@ class TargetNetworkUpdate(keras.callbacks.Callback):
         step = int(self.model.optimizer.iterations.numpy())
         if step >= total_steps:
             raise ValueError(
-                f"This fit begins at step {step}, past the {total_steps} steps over which tau rises: "
-                "give TargetNetworkUpdate total_steps=, of all fits together."
+                f"This fit begins at step {step}, past the {total_steps} steps over which tau "
+                "rises: give TargetNetworkUpdate total_steps=, of all fits together."
             )
         self._update = self._compiled_update(total_steps)
 

@@ -74,7 +74,7 @@ def lines(folder):
 
 
 def fit(model, *callbacks, **kwargs):
-    update = byol_tf.TargetNetworkUpdate(0.9, 8)
+    update = byol_tf.TargetNetworkUpdate(0.9, total_steps=16)
     given = {"epochs": 2, "steps_per_epoch": 4, "verbose": 0, **kwargs}
     return model.fit(views(), callbacks=[update, *callbacks], **given)
 

@@ -11,6 +11,7 @@ _HOME = {
     "LARS": "optimizers",
     "TargetNetworkUpdate": "target_update",
     "WarmupCosine": "schedules",
+    "Supervised": "supervised",
     "UserError": "errors",
     "augment_batch": "data.views",
     "eval_batches": "data.views",

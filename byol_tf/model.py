@@ -14,19 +14,59 @@ def l2_normalize(vectors):
     return vectors * tf.math.rsqrt(tf.maximum(squared_norm, 1e-12))
 
 
-def prediction_loss(prediction, target_projection):
+def prediction_loss(prediction, target_projection, stop_gradient=True):
     """Equation 2 of the paper: the squared distance of the two on the unit sphere, 2 - 2 cos.
 
     Args:
       prediction: q(z) of the online network, float [B, D].
       target_projection: z' of the target network, float [B, D]; gets no gradient.
+      stop_gradient: False lets the target have one too, where it is the online network's.
 
     Returns:
       float32 [B], the loss of one order of the two views.
     """
-    target_projection = tf.stop_gradient(target_projection)
+    if stop_gradient:
+        target_projection = tf.stop_gradient(target_projection)
     difference = l2_normalize(prediction) - l2_normalize(target_projection)
     return tf.reduce_sum(tf.square(difference), -1)
+
+
+def contrastive_loss(prediction, same_view, other_view, temperature):
+    """The negative pairs of InfoNCE, which BYOL leaves out (section 5, equation 8).
+
+    2 a ln(sum over j != i of exp(S(v_i, v_j) / a) + sum over j of exp(S(v_i, v'_j) / a)), with
+    S the cosine of a prediction and a target projection. Negatives are all images of the
+    global batch.
+
+    Args:
+      prediction: of one view, float [B, D].
+      same_view, other_view: target projections of the same images in this view and in the
+        other, float [B, D].
+      temperature: a > 0.
+
+    Returns:
+      float32 [B], to be weighted by beta and added to `prediction_loss`.
+    """
+    size = tf.shape(prediction)[0]
+    replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+    own = replica * size + tf.range(size)
+    negatives = [_of_all_replicas(l2_normalize(z), own) for z in (same_view, other_view)]
+    similarity = tf.matmul(l2_normalize(prediction), tf.concat(negatives, 0), transpose_b=True)
+    itself = tf.one_hot(own, tf.shape(similarity)[1], on_value=similarity.dtype.min, off_value=0.0)
+    logits = similarity / temperature + itself
+    return 2.0 * temperature * tf.reduce_logsumexp(logits, -1)
+
+
+def _of_all_replicas(vectors, positions):
+    """The vectors [B, D] of every replica, [global batch, D], each at its position.
+
+    A sum of what is zero elsewhere: unlike a gather it keeps its order among the sums of
+    batch norm and gradients, without which replicas on one machine mix them up.
+    """
+    context = tf.distribute.get_replica_context()
+    count = tf.shape(vectors)[0] * context.num_replicas_in_sync
+    places = tf.one_hot(positions, count, axis=0)
+    return context.all_reduce(tf.distribute.ReduceOp.SUM, tf.matmul(places, vectors))
 
 
 def projection_std(projections):
@@ -66,6 +106,7 @@ class BYOL(keras.Model):
         encoder f_theta; after training it is what you keep.
       projector_hidden_size, projector_output_size: of projector and predictor (4096 and
         256 in the paper, section 3.3).
+      projector_depth, predictor_depth: their linear layers (2 and 2 in the paper).
       num_classes: with a number, trains a linear classifier on the online representation
         of view 1, gradient stopped: its accuracy is logged, the encoder never feels it.
       augment: optional function of a batch that returns the dict above; it runs inside the
@@ -77,6 +118,12 @@ class BYOL(keras.Model):
       synchronized_batch_norm: share the heads' batch statistics across replicas; by
         default where the current strategy has more than one. An encoder from elsewhere, as
         of `keras.applications`, keeps its own kind of batch norm.
+      accumulation_steps: the gradient is averaged over so many parts of the batch, each with
+        batch statistics of its own, before the optimizer's step (figure 3a).
+      use_predictor, use_target, contrastive_weight, temperature: the ablations of table 5b.
+        Without predictor the projection itself is compared; without target network it is
+        compared with the online projection, which then has a gradient as well; the weight
+        is beta of equation 8. Neither of both and a weight of 1 is SimCLR.
 
     Raises:
       ValueError: if the encoder does not give one vector an image or cannot be cloned.
@@ -93,25 +140,37 @@ class BYOL(keras.Model):
         target_encoder=None,
         random_target=False,
         synchronized_batch_norm=None,
+        projector_depth=2,
+        predictor_depth=2,
+        accumulation_steps=1,
+        use_predictor=True,
+        use_target=True,
+        contrastive_weight=0.0,
+        temperature=0.1,
         name="byol",
     ):
         super().__init__(name=name)
+        self.accumulation_steps = accumulation_steps
+        self.use_target = use_target
+        self.contrastive_weight = contrastive_weight
+        self.temperature = temperature
 
-        def head(head_name, input_size):
+        def head(head_name, input_size, depth):
             return mlp(
                 head_name,
                 input_size,
-                projector_hidden_size,
-                projector_output_size,
+                [projector_hidden_size] * (depth - 1) + [projector_output_size],
                 synchronized_batch_norm=synchronized_batch_norm,
             )
 
         embedding_size = _embedding_size(encoder)
         self.online_encoder = encoder
-        self.online_projector = head("online_projector", embedding_size)
-        self.predictor = head("predictor", projector_output_size)
+        self.online_projector = head("online_projector", embedding_size, projector_depth)
+        self.predictor = None
+        if use_predictor:
+            self.predictor = head("predictor", projector_output_size, predictor_depth)
         self.target_encoder = target_encoder or _clone(encoder)
-        self.target_projector = head("target_projector", embedding_size)
+        self.target_projector = head("target_projector", embedding_size, projector_depth)
         self.classifier = None
         if num_classes:
             self.classifier = keras.layers.Dense(
@@ -139,21 +198,33 @@ class BYOL(keras.Model):
     def train_step(self, batch):
         """One step of algorithm 1, without its last line: the target moves in the callback."""
         batch = self._views(batch)
-        target_projections = self._target_projections(batch, training=True)
-        with tf.GradientTape() as tape:
-            logs = self._loss_logs(batch, target_projections, training=True)
-            # Keras sums the gradients of the replicas; the paper averages over the batch.
-            replica_loss = logs["loss"] / self.distribute_strategy.num_replicas_in_sync
-        variables = self.trainable_variables
-        gradients = tape.gradient(replica_loss, variables)
-        self.optimizer.apply_gradients(zip(gradients, variables))
-        return self._mean_logs(logs)
+        gradients = []
+        for part in self._parts(batch):
+            with tf.control_dependencies(gradients[-1] if gradients else []):
+                target_projections = self._target_projections(part, training=True)
+                with tf.GradientTape() as tape:
+                    logs = self._loss_logs(part, target_projections, training=True)
+                    # Keras sums the gradients of the replicas; the paper averages over the batch.
+                    replica_loss = logs["loss"] / self.distribute_strategy.num_replicas_in_sync
+                gradients.append(tape.gradient(replica_loss, self.trainable_variables))
+            self._update_means(logs)
+        mean_gradients = [tf.add_n(parts) / len(parts) for parts in zip(*gradients)]
+        self.optimizer.apply_gradients(zip(mean_gradients, self.trainable_variables))
+        return self._mean_logs()
 
     def test_step(self, batch):
         """The same loss on held-out views, for `evaluate`; both networks in inference mode."""
         batch = self._views(batch)
         target_projections = self._target_projections(batch, training=False)
-        return self._mean_logs(self._loss_logs(batch, target_projections, training=False))
+        self._update_means(self._loss_logs(batch, target_projections, training=False))
+        return self._mean_logs()
+
+    def _parts(self, batch):
+        """The parts of a batch whose gradients are averaged, in a list."""
+        if self.accumulation_steps == 1:
+            return [batch]
+        parts = {key: tf.split(value, self.accumulation_steps) for key, value in batch.items()}
+        return [dict(zip(parts, values)) for values in zip(*parts.values())]
 
     def _target_projections(self, batch, training):
         """z' of both views. In training the target network has batch statistics of its own."""
@@ -169,17 +240,27 @@ class BYOL(keras.Model):
         representation2 = self.online_encoder(batch["view2"], training=training)
         projection1 = self.online_projector(representation1, training=training)
         projection2 = self.online_projector(representation2, training=training)
-        prediction1 = self.predictor(projection1, training=training)
-        prediction2 = self.predictor(projection2, training=training)
+        prediction1, prediction2 = projection1, projection2
+        if self.predictor is not None:
+            prediction1 = self.predictor(projection1, training=training)
+            prediction2 = self.predictor(projection2, training=training)
+        if not self.use_target:
+            target1, target2 = projection1, projection2
 
         loss = tf.reduce_mean(
-            prediction_loss(prediction1, target2) + prediction_loss(prediction2, target1)
+            prediction_loss(prediction1, target2, stop_gradient=self.use_target)
+            + prediction_loss(prediction2, target1, stop_gradient=self.use_target)
         )
         logs = {
             "prediction_loss": loss,
             "projection_std": projection_std(projection1),
             "effective_rank": effective_rank(representation1),
         }
+        if self.contrastive_weight:
+            loss += self.contrastive_weight * tf.reduce_mean(
+                contrastive_loss(prediction1, target1, target2, self.temperature)
+                + contrastive_loss(prediction2, target2, target1, self.temperature)
+            )
         if self.classifier is not None:
             classifier_logs = self._classify(representation1, batch["label"])
             loss += classifier_logs["classifier_loss"]
@@ -191,9 +272,11 @@ class BYOL(keras.Model):
         batch, _, _ = keras.utils.unpack_x_y_sample_weight(batch)
         return batch if self.augment is None else self.augment(batch)
 
-    def _mean_logs(self, logs):
+    def _update_means(self, logs):
         for key, mean in self._means.items():
             mean.update_state(logs[key])
+
+    def _mean_logs(self):
         return {key: mean.result() for key, mean in self._means.items()}
 
     def _classify(self, representation, labels):
@@ -215,10 +298,14 @@ class BYOL(keras.Model):
     # What Keras needs to know ---------------------------------------------------------
 
     @property
+    def _online_layers(self):
+        layers = [self.online_encoder, self.online_projector, self.predictor, self.classifier]
+        return [layer for layer in layers if layer is not None]
+
+    @property
     def online_weights(self):
         """All weights of the online network (and classifier), in a fixed order."""
-        layers = [self.online_encoder, self.online_projector, self.predictor, self.classifier]
-        return [weight for layer in layers if layer is not None for weight in layer.weights]
+        return [weight for layer in self._online_layers for weight in layer.weights]
 
     @property
     def target_weights(self):
@@ -235,8 +322,7 @@ class BYOL(keras.Model):
     @property
     def trainable_weights(self):
         # Setting `target.trainable = False` instead would freeze its batch statistics.
-        layers = [self.online_encoder, self.online_projector, self.predictor, self.classifier]
-        return [w for layer in layers if layer is not None for w in layer.trainable_weights]
+        return [w for layer in self._online_layers for w in layer.trainable_weights]
 
     @property
     def non_trainable_weights(self):

@@ -162,18 +162,21 @@ def resnet(
     return keras.Model(images, x, name=name)
 
 
-def mlp(name, input_size, hidden_size, output_size, *, synchronized_batch_norm=None):
+def mlp(name, input_size, sizes, *, synchronized_batch_norm=None):
     """The projector g and the predictor q of the paper: Dense - BN - ReLU - Dense.
 
-    The first layer has a bias, the last has none (appendix C.1, DeepMind's reference).
-    Maps float [B, input_size] to [B, output_size].
+    Every hidden layer has a bias, the last layer none (appendix C.1, DeepMind's reference).
+    Maps float [B, input_size] to [B, sizes[-1]]; the other sizes are the hidden layers'.
     """
-    inputs = keras.Input((input_size,), name=f"{name}_inputs")
-    x = keras.layers.Dense(
-        hidden_size, kernel_initializer=kernel_initializer(), name=f"{name}_hidden"
-    )(inputs)
-    x = batch_norm(x, synchronized_batch_norm, f"{name}_bn")
-    x = keras.layers.ReLU(name=f"{name}_relu")(x)
+    x = inputs = keras.Input((input_size,), name=f"{name}_inputs")
+    *hidden_sizes, output_size = sizes
+    for i, size in enumerate(hidden_sizes):
+        scope = name if i == 0 else f"{name}_{i}"
+        x = keras.layers.Dense(
+            size, kernel_initializer=kernel_initializer(), name=f"{scope}_hidden"
+        )(x)
+        x = batch_norm(x, synchronized_batch_norm, f"{scope}_bn")
+        x = keras.layers.ReLU(name=f"{scope}_relu")(x)
     x = keras.layers.Dense(
         output_size,
         use_bias=False,

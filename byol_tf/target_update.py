@@ -19,6 +19,7 @@ class TargetNetworkUpdate(keras.callbacks.Callback):
         300 and fewer). 1 never moves the target, 0 copies the online weights at first.
       total_steps: K, over which tau rises; by default all steps of `fit`, which must then
         know its number of steps an epoch.
+      constant: keep tau at `base_target_ema`; the paper does so for tau = 0 (table 5a).
 
     Raises:
       ValueError: if `base_target_ema` is not in [0, 1], K cannot be known, or a fit begins
@@ -28,35 +29,41 @@ class TargetNetworkUpdate(keras.callbacks.Callback):
     # Without this Keras copies the logs of every step to the host.
     _supports_tf_logs = True
 
-    def __init__(self, base_target_ema=0.996, total_steps=None):
+    def __init__(self, base_target_ema=0.996, total_steps=None, constant=False):
         super().__init__()
         if not 0.0 <= base_target_ema <= 1.0:
             raise ValueError(f"base_target_ema={base_target_ema}: must be in [0, 1].")
         self.base_target_ema = base_target_ema
         self.total_steps = total_steps
+        self.constant = constant
         self._update = None
 
+    def tau(self, step):
+        """tau_k of a step k, counted from 0: float32 scalar."""
+        if self.constant:
+            return tf.constant(self.base_target_ema)
+        return target_ema(step, self.base_target_ema, self.total_steps)
+
     def on_train_begin(self, logs=None):
-        total_steps = self.total_steps
-        if total_steps is None:
+        if self.total_steps is None and not self.constant:
             if not self.params.get("steps"):
                 raise ValueError(
                     "TargetNetworkUpdate cannot tell how many steps this fit takes: give it "
                     "total_steps=, or give fit steps_per_epoch=."
                 )
-            total_steps = self.params["steps"] * self.params["epochs"]
+            self.total_steps = self.params["steps"] * self.params["epochs"]
         step = int(self.model.optimizer.iterations.numpy())
-        if step >= total_steps:
+        if not self.constant and step >= self.total_steps:
             raise ValueError(
-                f"This fit begins at step {step}, past the {total_steps} steps over which tau "
+                f"This fit begins at step {step}, past the {self.total_steps} steps over which tau "
                 "rises: give TargetNetworkUpdate total_steps=, of all fits together."
             )
-        self._update = self._compiled_update(total_steps)
+        self._update = self._compiled_update()
 
     def on_train_batch_end(self, batch, logs=None):
         self._update()
 
-    def _compiled_update(self, total_steps):
+    def _compiled_update(self):
         iterations = self.model.optimizer.iterations
         pairs = self.model.target_pairs
         extended = self.model.distribute_strategy.extended
@@ -64,9 +71,9 @@ class TargetNetworkUpdate(keras.callbacks.Callback):
         @tf.function
         def update():
             # The optimizer has counted this step already; k counts from 0.
-            tau = target_ema(iterations - 1, self.base_target_ema, total_steps)
+            rate = 1.0 - self.tau(iterations - 1)
             for target, online in pairs:
-                extended.update(target, _move_towards, args=(online, 1.0 - tau))
+                extended.update(target, _move_towards, args=(online, rate))
 
         return update
 

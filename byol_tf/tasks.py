@@ -19,6 +19,7 @@ from byol_tf.keras_api import keras
 from byol_tf.model import BYOL
 from byol_tf.optimizers import make_optimizer
 from byol_tf.schedules import WarmupCosine
+from byol_tf.supervised import Supervised
 from byol_tf.target_update import TargetNetworkUpdate
 
 FLAGS = flags.FLAGS
@@ -116,57 +117,30 @@ def pretrain():
     total_steps = per_epoch * FLAGS.epochs
     strategy = _strategy()
     with strategy.scope(), _policy(FLAGS.precision):
-        num_classes = len(source.class_names) if source.class_names else None
-        model = _build_model(num_classes)
-        schedule = WarmupCosine(
-            FLAGS.base_learning_rate * FLAGS.batch_size / 256,
-            total_steps,
-            int(FLAGS.warmup_epochs * per_epoch),
-        )
-        model.compile(make_optimizer(FLAGS.optimizer, schedule, FLAGS.weight_decay))
-        # LAMB is an optimizer of the old kind, in which the same has another name.
-        build = getattr(model.optimizer, "build", None) or model.optimizer._create_all_weights
-        build(model.trainable_variables)
-        manager = _checkpoints(tf.train.Checkpoint(model=model))
-        if manager.latest_checkpoint:
-            logging.info("resuming from %s", manager.latest_checkpoint)
-            _check_classes(manager.latest_checkpoint, num_classes)
-            status = manager.checkpoint.restore(manager.latest_checkpoint)
-            status.assert_existing_objects_matched()
+        model, manager = _resumed_model(source, total_steps, int(FLAGS.warmup_epochs * per_epoch))
     workdir.write_flags(FLAGS.workdir)
 
-    def batches_from(step):
-        return views.pretrain_batches(
-            source,
-            image_size=FLAGS.image_size,
-            batch_size=FLAGS.batch_size,
-            epochs=FLAGS.epochs,
-            seed=FLAGS.seed,
-            start_step=step,
-            augment_on=FLAGS.augment_on,
-            min_crop_area=FLAGS.min_crop_area,
+    target_update = None
+    if FLAGS.method == "byol":
+        target_update = TargetNetworkUpdate(
+            FLAGS.base_target_ema, total_steps, FLAGS.constant_target_ema
         )
-
     watch = training.Watch(
         _folder(),
         log_every=FLAGS.log_every,
         batch_size=FLAGS.batch_size,
-        total_steps=total_steps,
-        base_target_ema=FLAGS.base_target_ema,
+        target_update=target_update,
         manager=manager,
     )
+    callbacks = [target_update, watch, training.Checkpoints(manager, FLAGS.checkpoint_every)]
     try:
         training.train(
             model,
-            batches_from,
+            functools.partial(_batches_from, source),
             steps_per_epoch=per_epoch,
             epochs=FLAGS.epochs,
             max_steps=FLAGS.max_steps,
-            callbacks=[
-                TargetNetworkUpdate(FLAGS.base_target_ema, total_steps),
-                watch,
-                training.Checkpoints(manager, FLAGS.checkpoint_every),
-            ],
+            callbacks=[callback for callback in callbacks if callback is not None],
             verbose=1 if sys.stdout.isatty() else 2,  # a bar, or a line an epoch
         )
     except training.TrainingDiverged as error:
@@ -178,6 +152,39 @@ def pretrain():
         # The accuracies of before are of other weights.
         results.update(dict.fromkeys(("knn_top1", "knn200_top1", "linear_top1")))
     workdir.update_results(FLAGS.workdir, **results)
+
+
+def _resumed_model(source, total_steps, warmup_steps):
+    """The compiled model, as the last checkpoint left it, and the checkpoints' manager."""
+    num_classes = len(source.class_names) if source.class_names else None
+    model = _build_model(num_classes)
+    peak = FLAGS.base_learning_rate * FLAGS.batch_size / 256
+    schedule = WarmupCosine(peak, total_steps, warmup_steps)
+    model.compile(make_optimizer(FLAGS.optimizer, schedule, FLAGS.weight_decay))
+    # LAMB is an optimizer of the old kind, in which the same has another name.
+    build = getattr(model.optimizer, "build", None) or model.optimizer._create_all_weights
+    build(model.trainable_variables)
+    manager = _checkpoints(tf.train.Checkpoint(model=model))
+    if manager.latest_checkpoint:
+        logging.info("resuming from %s", manager.latest_checkpoint)
+        _check_classes(manager.latest_checkpoint, num_classes)
+        status = manager.checkpoint.restore(manager.latest_checkpoint)
+        status.assert_existing_objects_matched()
+    return model, manager
+
+
+def _batches_from(source, step):
+    return views.pretrain_batches(
+        source,
+        image_size=FLAGS.image_size,
+        batch_size=FLAGS.batch_size,
+        epochs=FLAGS.epochs,
+        seed=FLAGS.seed,
+        start_step=step,
+        augment_on=FLAGS.augment_on,
+        min_crop_area=FLAGS.min_crop_area,
+        augmentation=FLAGS.augmentation,
+    )
 
 
 def _check_classes(checkpoint, num_classes):
@@ -193,13 +200,36 @@ def _check_classes(checkpoint, num_classes):
 
 
 def _build_model(num_classes):
+    """The model of --method, not yet compiled."""
+    replicas = tf.distribute.get_strategy().num_replicas_in_sync
+    augment = None
+    if FLAGS.augment_on == "accelerator":
+        augment = functools.partial(views.augment_batch, augmentation=FLAGS.augmentation)
+    if FLAGS.method == "supervised":
+        if not num_classes:
+            raise UserError(f"--method=supervised: --dataset={FLAGS.dataset} has no labels.")
+        if FLAGS.accumulation_steps > 1:
+            raise UserError("--method=supervised: leave --accumulation_steps out.")
+        return Supervised(_encoder(), num_classes, augment)
+    if FLAGS.batch_size % (replicas * FLAGS.accumulation_steps):
+        raise UserError(
+            f"--batch_size={FLAGS.batch_size}: must divide by {replicas} replicas times "
+            f"--accumulation_steps={FLAGS.accumulation_steps}."
+        )
     return BYOL(
         _encoder(),
         projector_hidden_size=FLAGS.projector_hidden_size,
         projector_output_size=FLAGS.projector_output_size,
+        projector_depth=FLAGS.projector_depth,
+        predictor_depth=FLAGS.predictor_depth,
         num_classes=num_classes,
-        augment=views.augment_batch if FLAGS.augment_on == "accelerator" else None,
+        augment=augment,
         random_target=True,  # as DeepMind's reference
+        accumulation_steps=FLAGS.accumulation_steps,
+        use_predictor=FLAGS.predictor,
+        use_target=FLAGS.target_network,
+        contrastive_weight=FLAGS.contrastive_weight,
+        temperature=FLAGS.temperature,
     )
 
 

@@ -7,7 +7,6 @@ import tensorflow as tf
 from absl import logging
 
 from byol_tf.keras_api import keras
-from byol_tf.schedules import target_ema
 
 # Of the normalised projections, 1 on a uniform sphere. Healthy runs stay far above.
 _COLLAPSED_STD = 0.05
@@ -106,20 +105,19 @@ class Watch(keras.callbacks.Callback):
       workdir: folder of metrics.jsonl and tensorboard/.
       log_every: steps between two lines.
       batch_size: global, in images.
-      total_steps, base_target_ema: of the target's schedule, to log tau.
+      target_update: a `TargetNetworkUpdate`, to log its tau, or None.
       manager: a `tf.train.CheckpointManager`, to name the last checkpoint in an error.
     """
 
     _supports_tf_logs = True  # copies the logs to the host only when a line is due
 
-    def __init__(self, workdir, *, log_every, batch_size, total_steps, base_target_ema, manager):
+    def __init__(self, workdir, *, log_every, batch_size, target_update, manager):
         super().__init__()
         self.metrics_file = workdir / "metrics.jsonl"
         self.writer = tf.summary.create_file_writer(str(workdir / "tensorboard"))
         self.log_every = log_every
         self.batch_size = batch_size
-        self.total_steps = total_steps
-        self.base_target_ema = base_target_ema
+        self.target_update = target_update
         self.manager = manager
         self.images_per_second = None
         self._step = 0
@@ -175,7 +173,8 @@ class Watch(keras.callbacks.Callback):
         self._unlogged = None
         self._time()
         k = self._step - 1
-        figures["target_ema"] = float(target_ema(k, self.base_target_ema, self.total_steps))
+        if self.target_update is not None:
+            figures["target_ema"] = float(self.target_update.tau(k))
         rate = self.model.optimizer.learning_rate
         # LAMB, an optimizer of the old kind, has the schedule here.
         figures["learning_rate"] = float(tf.convert_to_tensor(rate(k) if callable(rate) else rate))
@@ -188,7 +187,8 @@ class Watch(keras.callbacks.Callback):
         with self.writer.as_default(step=self._step):
             for name, value in figures.items():
                 tf.summary.scalar(name, value)
-        self._look_for_collapse(figures["projection_std"])
+        if "projection_std" in figures:
+            self._look_for_collapse(figures["projection_std"])
 
     def _look_for_collapse(self, projection_std):
         collapsed = projection_std < _COLLAPSED_STD

@@ -80,8 +80,8 @@ def synthetic(name, width, hidden=16, output=8, num_classes=5, seed=0):
     classifier = keras.layers.Dense(num_classes, name="classifier")
     classifier.build((None, embedding_size))
     heads = [
-        mlp("online_projector", embedding_size, hidden, output),
-        mlp("predictor", output, hidden, output),
+        mlp("online_projector", embedding_size, [hidden, output]),
+        mlp("predictor", output, [hidden, output]),
         classifier,
     ]
     rng = np.random.default_rng(seed)

@@ -64,8 +64,9 @@ def manager(model, tmp_path):
 
 @pytest.fixture
 def watch(tmp_path, manager):
+    update = byol_tf.TargetNetworkUpdate(0.9, total_steps=8)
     return training.Watch(
-        tmp_path, log_every=2, batch_size=8, total_steps=8, base_target_ema=0.9, manager=manager
+        tmp_path, log_every=2, batch_size=8, target_update=update, manager=manager
     )
 
 

@@ -20,6 +20,12 @@ flags.DEFINE_float(
     lower_bound=0.01,
     upper_bound=1.0,
 )
+flags.DEFINE_enum(
+    "augmentation",
+    "paper",
+    ("paper", "no_grayscale", "no_color", "crop_blur", "crop"),
+    "What is done to a view beside crop and flip; the other sets are those of figure 3b.",
+)
 flags.DEFINE_string("embed_split", "all", "Images of --task=embed.")
 flags.DEFINE_string(
     "embeddings_file",

@@ -29,3 +29,10 @@ flags.DEFINE_integer(
     "Output units of projector and predictor (paper: 256).",
     lower_bound=2,
 )
+flags.DEFINE_integer(
+    "projector_depth", 2, "Linear layers of the projector (paper: 2).", lower_bound=1
+)
+flags.DEFINE_integer(
+    "predictor_depth", 2, "Linear layers of the predictor (paper: 2).", lower_bound=1
+)
+flags.DEFINE_boolean("predictor", True, "Compare predictions, not projections (table 5b).")

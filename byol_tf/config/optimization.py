@@ -35,3 +35,29 @@ flags.DEFINE_float(
     lower_bound=0.0,
     upper_bound=1.0,
 )
+flags.DEFINE_boolean(
+    "constant_target_ema", False, "Keep tau at --base_target_ema (table 5a, for tau = 0)."
+)
+flags.DEFINE_integer(
+    "accumulation_steps",
+    1,
+    "Parts of the batch, with batch statistics of their own, whose gradients are averaged "
+    "before one step of the optimizer and of the target (figure 3a).",
+    lower_bound=1,
+)
+flags.DEFINE_enum(
+    "method", "byol", ("byol", "supervised"), "supervised: the encoder learns from the labels."
+)
+flags.DEFINE_boolean(
+    "target_network", True, "Without it online projections are compared (table 5b)."
+)
+flags.DEFINE_float(
+    "contrastive_weight",
+    0.0,
+    "beta of equation 8: weight of the negative pairs (paper: 0; SimCLR: 1, with "
+    "--nopredictor --notarget_network).",
+    lower_bound=0.0,
+)
+flags.DEFINE_float(
+    "temperature", 0.1, "Of the negative pairs, alpha of equation 8.", lower_bound=1e-3
+)

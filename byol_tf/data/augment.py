@@ -38,6 +38,21 @@ VIEW_1 = ViewAugmentation(blur_probability=1.0, solarize_probability=0.0)
 VIEW_2 = ViewAugmentation(blur_probability=0.1, solarize_probability=0.2)
 
 
+def _without(**probabilities):
+    return tuple(dataclasses.replace(view, **probabilities) for view in (VIEW_1, VIEW_2))
+
+
+# Both views of the sets of figure 3b; all of them crop and flip.
+_NO_COLOR = {"jitter_probability": 0.0, "grayscale_probability": 0.0}
+AUGMENTATIONS = {
+    "paper": (VIEW_1, VIEW_2),
+    "no_grayscale": _without(grayscale_probability=0.0),
+    "no_color": _without(**_NO_COLOR),
+    "crop_blur": _without(**_NO_COLOR, solarize_probability=0.0),
+    "crop": _without(**_NO_COLOR, solarize_probability=0.0, blur_probability=0.0),
+}
+
+
 def augment(images, draws, view):
     """Augments and normalizes one view of every image of a batch.
 

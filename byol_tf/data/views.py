@@ -47,6 +47,7 @@ def pretrain_batches(
     start_step=0,
     augment_on="host",
     min_crop_area=crop.AREA_RANGE[0],
+    augmentation="paper",
 ):
     """Batches of two views of every image, epoch after epoch.
 
@@ -64,6 +65,7 @@ def pretrain_batches(
       augment_on: "host" for finished views; "accelerator" for cropped ones, which
         `augment_batch` finishes inside the step.
       min_crop_area: the smallest part of an image's area that a view shows.
+      augmentation: one of `augment.AUGMENTATIONS`, for "host".
 
     Returns:
       A dataset of dicts: "view1" and "view2", float32 [B, image_size, image_size, 3], and
@@ -106,22 +108,24 @@ def pretrain_batches(
     if source.class_names is None:
         batches = batches.map(lambda batch: {k: v for k, v in batch.items() if k != "label"})
     if augment_on == "host":
-        batches = _map(batches, augment_batch)
+        batches = _map(batches, lambda batch: augment_batch(batch, augmentation))
     return batches.with_options(_options()).prefetch(2)
 
 
-def augment_batch(batch):
+def augment_batch(batch, augmentation="paper"):
     """Finishes the two cropped views of a batch (paper, appendix B).
 
     Args:
       batch: from `pretrain_batches` for the accelerator: "view1" and "view2", uint8
         [B, S, S, 3], "draws1" and "draws2", float32 [B, NUM_DRAWS], and maybe "label".
+      augmentation: one of `augment.AUGMENTATIONS`.
 
     Returns: a dict of "view1" and "view2", float32 [B, S, S, 3], and the label.
     """
+    view1, view2 = augment.AUGMENTATIONS[augmentation]
     views = {
-        "view1": augment.augment(batch["view1"], batch["draws1"], augment.VIEW_1),
-        "view2": augment.augment(batch["view2"], batch["draws2"], augment.VIEW_2),
+        "view1": augment.augment(batch["view1"], batch["draws1"], view1),
+        "view2": augment.augment(batch["view2"], batch["draws2"], view2),
     }
     return {**views, **({"label": batch["label"]} if "label" in batch else {})}
 

@@ -1,0 +1,213 @@
+"""The paper's ablations: accumulated gradients, negative pairs, SimCLR, fixed targets, labels."""
+
+import pathlib
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from absl import flags
+
+import byol_tf
+from byol_tf import config
+from byol_tf.data import augment
+from byol_tf.keras_api import keras
+from byol_tf.model import contrastive_loss
+
+FLAG_FILES = sorted((pathlib.Path(__file__).parent.parent / "flags" / "ablation").glob("*.flags"))
+
+
+def unit(x):
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def random(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def batches(steps=3, size=16):
+    data = {
+        "view1": random(steps * size, 16, 16, 3),
+        "view2": random(steps * size, 16, 16, 3, seed=1),
+        "label": np.arange(steps * size) % 4,
+    }
+    return tf.data.Dataset.from_tensor_slices(data).batch(size, drop_remainder=True)
+
+
+def trained(encoder, strategy=None, freeze=False, **kwargs):
+    """All online and target weights after three steps from always the same start."""
+    strategy = strategy or tf.distribute.get_strategy()
+    with strategy.scope():
+        model = byol_tf.BYOL(
+            encoder(strategy.num_replicas_in_sync > 1),
+            projector_hidden_size=16,
+            projector_output_size=8,
+            num_classes=4,
+            random_target=True,
+            **kwargs,
+        )
+        if freeze:
+            for layer in model.submodules:
+                if isinstance(layer, keras.layers.BatchNormalization):
+                    layer.trainable = False
+        model.compile(optimizer=keras.optimizers.SGD(0.2, momentum=0.9))
+    rng = np.random.default_rng(7)
+    for weight in model.online_weights + model.target_weights:
+        value = rng.normal(size=weight.shape) * 0.3
+        weight.assign(np.abs(value) + 0.5 if "variance" in weight.name else value)
+    model.fit(batches(), callbacks=[byol_tf.TargetNetworkUpdate(0.5)], verbose=0)
+    return [weight.numpy() for weight in model.online_weights + model.target_weights]
+
+
+def assert_same(one, other, rtol=2e-4):
+    for a, b in zip(one, other, strict=True):
+        np.testing.assert_allclose(b, a, rtol=rtol, atol=2e-5)
+
+
+def test_accumulated_gradients_are_those_of_one_batch(tiny_encoder):
+    """With frozen batch norm nothing but the batch's cut distinguishes the two."""
+    one = trained(tiny_encoder, freeze=True)
+    assert_same(one, trained(tiny_encoder, freeze=True, accumulation_steps=4))
+
+
+def test_accumulation_has_batch_statistics_of_its_own(tiny_encoder):
+    one = trained(tiny_encoder)
+    parts = trained(tiny_encoder, accumulation_steps=4)
+    assert max(np.abs(a - b).max() for a, b in zip(one, parts)) > 1e-3
+
+
+def test_accumulation_on_two_replicas(tiny_encoder, mirrored):
+    """Each replica cuts its own half: frozen batch norm makes it all the same."""
+    one = trained(tiny_encoder, freeze=True)
+    assert_same(one, trained(tiny_encoder, mirrored, freeze=True, accumulation_steps=2))
+
+
+def test_negative_pairs_against_numpy():
+    prediction, same, other = (random(5, 6, seed=i) for i in range(3))
+    p, s, o = unit(prediction), unit(same), unit(other)
+    expected = []
+    for i in range(5):
+        total = sum(np.exp(p[i] @ s[j] / 0.3) for j in range(5) if j != i)
+        total += sum(np.exp(p[i] @ o[j] / 0.3) for j in range(5))
+        expected.append(2 * 0.3 * np.log(total))
+    found = contrastive_loss(*map(tf.constant, (prediction, same, other)), temperature=0.3)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_simclr_is_nt_xent(tiny_encoder):
+    """2 + 2 a NT-Xent an anchor; and its gradient is that of NT-Xent, through both views."""
+    model = byol_tf.BYOL(
+        tiny_encoder(),
+        projector_hidden_size=16,
+        projector_output_size=8,
+        use_predictor=False,
+        use_target=False,
+        contrastive_weight=1.0,
+        temperature=0.2,
+    )
+    model.compile(optimizer=keras.optimizers.SGD(0.1))
+    (data,) = batches(steps=1)
+    before = model.online_encoder.get_weights() + model.online_projector.get_weights()
+    with tf.GradientTape() as tape:
+        z = [
+            model.online_projector(model.online_encoder(data[view], training=True), training=True)
+            for view in ("view1", "view2")
+        ]
+        z = tf.math.l2_normalize(tf.concat(z, 0), -1)
+        logits = tf.matmul(z, z, transpose_b=True) / 0.2
+        logits = tf.linalg.set_diag(logits, tf.fill([32], -1e9))
+        positives = tf.concat([tf.range(16, 32), tf.range(16)], 0)
+        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(positives, logits)
+        nt_xent = 2 * (2 + 2 * 0.2 * tf.reduce_mean(losses))  # the two orders are added
+    gradients = tape.gradient(nt_xent, model.trainable_variables)
+    for layer in (model.online_encoder, model.online_projector):
+        weights = len(layer.weights)
+        layer.set_weights(before[:weights])
+        before = before[weights:]
+    expected = [v.numpy() - 0.1 * g.numpy() for v, g in zip(model.trainable_variables, gradients)]
+    logs = model.train_on_batch(data, return_dict=True)
+    assert logs["loss"] == pytest.approx(float(nt_xent), rel=1e-4)
+    for variable, value in zip(model.trainable_variables, expected):
+        np.testing.assert_allclose(variable, value, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("use_target", [True, False])
+def test_negatives_are_those_of_all_replicas(tiny_encoder, mirrored, use_target):
+    how = {"contrastive_weight": 1.0, "use_target": use_target}
+    one, two = trained(tiny_encoder, **how), trained(tiny_encoder, mirrored, **how)
+    for a, b in zip(one, two, strict=True):  # three steep steps multiply the rounding errors
+        np.testing.assert_allclose(b, a, rtol=5e-3, atol=5e-4)
+
+
+def test_tau_can_be_constant(tiny_encoder):
+    update = byol_tf.TargetNetworkUpdate(0.0, constant=True)
+    model = byol_tf.BYOL(
+        tiny_encoder(), projector_hidden_size=16, projector_output_size=8, random_target=True
+    )
+    model.compile(optimizer="sgd")
+    model.fit(batches(), callbacks=[update], verbose=0)
+    assert float(update.tau(0)) == float(update.tau(2)) == 0.0
+    for target, online in model.target_pairs:
+        np.testing.assert_allclose(target, online, atol=1e-6)
+
+
+def test_depths():
+    images = keras.Input((4,))
+    encoder = keras.Model(images, keras.layers.Dense(6)(images))
+    model = byol_tf.BYOL(
+        encoder,
+        projector_hidden_size=16,
+        projector_output_size=8,
+        projector_depth=3,
+        predictor_depth=1,
+    )
+    shapes = [tuple(w.shape) for w in model.online_projector.weights if "kernel" in w.name]
+    assert shapes == [(6, 16), (16, 16), (16, 8)]
+    assert [tuple(w.shape) for w in model.predictor.weights] == [(8, 8)]
+
+
+def test_augmentation_sets():
+    """What figure 3b takes away is gone, and the rest is the paper's."""
+    paper = augment.AUGMENTATIONS["paper"]
+    fields = ("jitter", "grayscale", "blur", "solarize")
+    expected = {
+        "paper": [(0.8, 0.2, 1.0, 0.0), (0.8, 0.2, 0.1, 0.2)],
+        "no_grayscale": [(0.8, 0.0, 1.0, 0.0), (0.8, 0.0, 0.1, 0.2)],
+        "no_color": [(0.0, 0.0, 1.0, 0.0), (0.0, 0.0, 0.1, 0.2)],
+        "crop_blur": [(0.0, 0.0, 1.0, 0.0), (0.0, 0.0, 0.1, 0.0)],
+        "crop": [(0.0, 0.0, 0.0, 0.0)] * 2,
+    }
+    assert set(augment.AUGMENTATIONS) == set(expected)
+    for name, views in augment.AUGMENTATIONS.items():
+        found = [tuple(getattr(v, f"{f}_probability") for f in fields) for v in views]
+        assert found == expected[name]
+        assert all(v.flip_probability == p.flip_probability for v, p in zip(views, paper))
+
+
+def test_supervised_learns_from_labels(tiny_encoder):
+    model = byol_tf.Supervised(tiny_encoder(), num_classes=2)
+    model.compile(optimizer=keras.optimizers.Adam(0.02))
+    labels = np.arange(32) % 2
+    views = random(32, 16, 16, 3) + labels[:, None, None, None]
+    data = {"view1": views, "view2": views[:, ::-1], "label": labels.astype(np.int64)}
+    dataset = tf.data.Dataset.from_tensor_slices(data).batch(16)
+    before = model.online_encoder.get_weights()[0]
+    history = model.fit(dataset, epochs=15, verbose=0).history
+    assert history["accuracy"][-1] > 0.9
+    assert np.abs(model.online_encoder.get_weights()[0] - before).max() > 1e-2
+
+
+@pytest.mark.parametrize("path", FLAG_FILES, ids=lambda path: path.stem)
+def test_flag_files(path):
+    """Every file of flags/ablation is understood, and changes a flag of this project."""
+    values = flags.FlagValues()
+    for module in config.MODULES:
+        for flag in flags.FLAGS.get_flags_for_module(module.__name__):
+            values[flag.name] = flag
+    defaults = {name: values[name].default for name in values}
+    values(["main.py", f"--flagfile={path}"])
+    changed = {name for name in values if values[name].value != defaults[name]}
+    values.unparse_flags()
+    for name in values:
+        values[name].unparse()
+    same_as_paper = {"batch_4096", "predictor_depth_2", "projector_depth_2"}
+    assert changed or path.stem in same_as_paper

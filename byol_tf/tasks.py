@@ -377,8 +377,13 @@ def _strategy():
 def only_our_notices():
     """Keeps back what libraries say below an error: it hides what this project says."""
 
+    # The folder itself: a checkout called byol_tf may hold the libraries' .venv as well.
+    here = str(pathlib.Path(__file__).parent)
+
     def is_ours(record):
-        return record.levelno >= logging.converter.STANDARD_ERROR or "byol_tf" in record.pathname
+        return record.levelno >= logging.converter.STANDARD_ERROR or record.pathname.startswith(
+            here
+        )
 
     logging.use_absl_handler()
     logging.get_absl_handler().addFilter(is_ours)

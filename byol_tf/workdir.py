@@ -38,9 +38,8 @@ def read_flags(workdir):
     path = _file(workdir, "flags.txt")
     if not path.exists():
         return {}
-    lines = path.read_text().splitlines()
-    names = [line.lstrip("-").split("=")[0] for line in lines if line.startswith("--")]
-    lines = [line for line in lines if line.startswith("--")]
+    lines = [line for line in path.read_text().splitlines() if line.startswith("--")]
+    names = [line.lstrip("-").split("=")[0] for line in lines]
     return {n if n in FLAGS else n.removeprefix("no"): line for n, line in zip(names, lines)}
 
 

@@ -228,6 +228,8 @@ class BYOL(keras.Model):
 
     def _target_projections(self, batch, training):
         """z' of both views. In training the target network has batch statistics of its own."""
+        if not self.use_target:
+            return None, None  # the online projections stand in for it
         return [
             self.target_projector(self.target_encoder(view, training=training), training=training)
             for view in (batch["view1"], batch["view2"])
@@ -315,6 +317,8 @@ class BYOL(keras.Model):
     @property
     def target_pairs(self):
         """(target, online) variables that the target update ties: weights, no BN statistics."""
+        if not self.use_target:
+            return []
         online = _learned(self.online_encoder) + _learned(self.online_projector)
         target = _learned(self.target_encoder) + _learned(self.target_projector)
         return list(zip(target, online, strict=True))

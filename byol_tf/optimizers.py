@@ -123,3 +123,10 @@ def _lamb(learning_rate, weight_decay):
         weight_decay=weight_decay,
         exclude_from_weight_decay=_NOT_DECAYED,
     )
+
+
+def build_optimizer(optimizer, variables):
+    """Makes the slots of an optimizer at once, so that a checkpoint finds them."""
+    # LAMB is an optimizer of the old kind, in which the same has another name.
+    build = getattr(optimizer, "build", None) or optimizer._create_all_weights
+    build(variables)

@@ -17,7 +17,7 @@ from byol_tf.errors import UserError
 from byol_tf.export import export_encoder
 from byol_tf.keras_api import keras
 from byol_tf.model import BYOL
-from byol_tf.optimizers import make_optimizer
+from byol_tf.optimizers import build_optimizer, make_optimizer
 from byol_tf.schedules import WarmupCosine
 from byol_tf.supervised import Supervised
 from byol_tf.target_update import TargetNetworkUpdate
@@ -97,7 +97,7 @@ def import_deepmind():
     model = _build_model(FLAGS.num_classes or num_classes)
     schedule = WarmupCosine(0.0, total_steps=1)  # the checkpoint holds no schedule, only a step
     model.compile(make_optimizer(FLAGS.optimizer, schedule, FLAGS.weight_decay))
-    model.optimizer.build(model.trainable_variables)
+    build_optimizer(model.optimizer, model.trainable_variables)
     deepmind.import_deepmind(model, checkpoint)
     if not FLAGS.keep_step:
         model.optimizer.iterations.assign(0)
@@ -161,9 +161,7 @@ def _resumed_model(source, total_steps, warmup_steps):
     peak = FLAGS.base_learning_rate * FLAGS.batch_size / 256
     schedule = WarmupCosine(peak, total_steps, warmup_steps)
     model.compile(make_optimizer(FLAGS.optimizer, schedule, FLAGS.weight_decay))
-    # LAMB is an optimizer of the old kind, in which the same has another name.
-    build = getattr(model.optimizer, "build", None) or model.optimizer._create_all_weights
-    build(model.trainable_variables)
+    build_optimizer(model.optimizer, model.trainable_variables)
     manager = _checkpoints(tf.train.Checkpoint(model=model))
     if manager.latest_checkpoint:
         logging.info("resuming from %s", manager.latest_checkpoint)
@@ -202,6 +200,13 @@ def _check_classes(checkpoint, num_classes):
 def _build_model(num_classes):
     """The model of --method, not yet compiled."""
     replicas = tf.distribute.get_strategy().num_replicas_in_sync
+    parts = replicas * FLAGS.accumulation_steps
+    if FLAGS.batch_size % parts:
+        raise UserError(
+            f"--batch_size={FLAGS.batch_size}: must divide by {replicas} replicas times "
+            f"--accumulation_steps={FLAGS.accumulation_steps}: "
+            f"take {math.ceil(FLAGS.batch_size / parts) * parts}."
+        )
     augment = None
     if FLAGS.augment_on == "accelerator":
         augment = functools.partial(views.augment_batch, augmentation=FLAGS.augmentation)
@@ -211,11 +216,6 @@ def _build_model(num_classes):
         if FLAGS.accumulation_steps > 1:
             raise UserError("--method=supervised: leave --accumulation_steps out.")
         return Supervised(_encoder(), num_classes, augment)
-    if FLAGS.batch_size % (replicas * FLAGS.accumulation_steps):
-        raise UserError(
-            f"--batch_size={FLAGS.batch_size}: must divide by {replicas} replicas times "
-            f"--accumulation_steps={FLAGS.accumulation_steps}."
-        )
     return BYOL(
         _encoder(),
         projector_hidden_size=FLAGS.projector_hidden_size,
@@ -249,13 +249,14 @@ def linear_eval():
 
 
 def _evaluate(accuracies):
-    """Measures the encoder, the same at random initialisation, and raw pixels."""
+    """Measures the encoder and, with --baselines, what no learning gives."""
     if _source(FLAGS.train_split).class_names is None:
         logging.warning(
             "skipped %s: --dataset=%s has no labels", " and ".join(accuracies), FLAGS.dataset
         )
         return
-    for what in ("trained", "random_init", "raw_pixels"):
+    baselines = ("random_init", "raw_pixels") if FLAGS.baselines else ()
+    for what in ("trained", *baselines):
         train_features = _features(what, FLAGS.train_split)
         test_features = _features(what, FLAGS.eval_split)
         if min(train_features.labels.min(), test_features.labels.min()) < 0:
@@ -366,11 +367,6 @@ def _strategy():
     several = len(devices) > 1
     if FLAGS.strategy == "one_device" or (FLAGS.strategy == "auto" and not several):
         return tf.distribute.get_strategy()
-    if FLAGS.batch_size % len(devices):
-        raise UserError(
-            f"--batch_size={FLAGS.batch_size}: must divide by the {len(devices)} replicas: "
-            f"take {math.ceil(FLAGS.batch_size / len(devices)) * len(devices)}."
-        )
     return tf.distribute.MirroredStrategy([device.name for device in devices])
 
 

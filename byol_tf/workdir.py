@@ -18,7 +18,7 @@ _SHAPE_FLAGS = {flag.name for flag in FLAGS.get_flags_for_module(config.model.__
 _FREE_FLAGS = {
     *("task", "workdir", "log_every", "checkpoint_every", "max_steps", "data_dir"),
     *("checkpoint", "num_classes", "keep_step"),
-    *("eval_split", "embed_split", "embeddings_file"),
+    *("eval_split", "embed_split", "embeddings_file", "baselines"),
     *("strategy", "logical_cpus", "augment_on", "deterministic", "intra_op_threads"),
 }
 

@@ -31,6 +31,9 @@ flags.DEFINE_boolean(
     "Of --task=import_deepmind: go on in the checkpoint's schedule, to finish its run; otherwise "
     "further pretraining starts a schedule of its own.",
 )
+flags.DEFINE_boolean(
+    "baselines", True, "Evaluate the encoder at random initialisation and raw pixels as well."
+)
 flags.DEFINE_integer("log_every", 20, "Steps between two lines of metrics.jsonl.", lower_bound=1)
 flags.DEFINE_integer("checkpoint_every", 1, "Epochs between two checkpoints.", lower_bound=1)
 flags.DEFINE_integer("seed", 0, "Of every random choice.", lower_bound=0, upper_bound=2**20)

@@ -138,13 +138,6 @@ def test_every_image_once_an_epoch_in_a_new_order(source):
     assert len({frozenset(epoch) for epoch in epochs}) > 1
 
 
-def test_draws_are_of_the_image_and_not_of_its_batch(make_source):
-    source = labelled_by_index(make_source(COUNT))
-    small, large = by_index(run(source, batch_size=2)), by_index(run(source, batch_size=13))
-    assert len(small["label"]) == len(large["label"]) == COUNT
-    assert_same([small], [large])
-
-
 def test_in_memory_and_streamed_views_are_the_same(make_source):
     made = make_source(COUNT)
     streamed = dataclasses.replace(made, image_shape=None)

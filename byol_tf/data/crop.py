@@ -52,6 +52,18 @@ def random_crop_boxes(heights, widths, draws, area_range=AREA_RANGE):
     return tf.cast(tf.concat([top, left, crop_height, crop_width], -1), tf.int32)
 
 
+def enclosing_box(boxes):
+    """The smallest box, int32 [4], that holds all of boxes, int32 [N, 4]."""
+    top_left = tf.reduce_min(boxes[:, :2], 0)
+    bottom_right = tf.reduce_max(boxes[:, :2] + boxes[:, 2:], 0)
+    return tf.concat([top_left, bottom_right - top_left], 0)
+
+
+def cut(image, box):
+    """Cuts a box, int32 [4], out of an image, [H, W, 3]."""
+    return tf.slice(image, tf.pad(box[:2], [[0, 1]]), tf.pad(box[2:], [[0, 1]], constant_values=3))
+
+
 def centre_crop_box(height, width):
     """The centred square of 224/256 of the shorter side (appendix C.1).
 

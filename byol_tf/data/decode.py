@@ -6,6 +6,8 @@ functions raise `tf.errors.InvalidArgumentError` for bytes that are none of thes
 
 import tensorflow as tf
 
+from byol_tf.data import crop
+
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"GIF8")  # in the order of _switch
 _JPEG_OPTIONS = {"channels": 3, "dct_method": "INTEGER_ACCURATE"}
 # libjpeg interpolates colour across the edge of a crop from what it has decoded: a crop with
@@ -61,7 +63,7 @@ def decode_and_crop(encoded, box):
     """
 
     def slice_decoded():
-        return _slice(decode(encoded), box[:2], box[2:])
+        return crop.cut(decode(encoded), box)
 
     return tf.cond(
         _starts_with(encoded, _SIGNATURES[0]),
@@ -94,10 +96,6 @@ def _integers(encoded, offset, count, dtype, little_endian=True):
     return tf.bitcast(data if little_endian else data[:, ::-1], dtype)
 
 
-def _slice(image, top_left, size):
-    return tf.slice(image, tf.pad(top_left, [[0, 1]]), tf.pad(size, [[0, 1]], constant_values=3))
-
-
 def _decode_and_crop_jpeg(encoded, box):
     bottom_right = tf.minimum(
         box[:2] + box[2:] + _JPEG_MARGIN, tf.io.extract_jpeg_shape(encoded)[:2]
@@ -105,7 +103,7 @@ def _decode_and_crop_jpeg(encoded, box):
     top_left = tf.maximum(box[:2] - _JPEG_MARGIN, 0)
     wider = tf.concat([top_left, bottom_right - top_left], 0)
     image = tf.io.decode_and_crop_jpeg(encoded, wider, **_JPEG_OPTIONS)
-    return _slice(image, box[:2] - top_left, box[2:])
+    return crop.cut(image, tf.concat([box[:2] - top_left, box[2:]], 0))
 
 
 def _decode_png(encoded):

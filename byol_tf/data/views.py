@@ -51,7 +51,7 @@ def pretrain_batches(
 ):
     """Batches of two views of every image, epoch after epoch.
 
-    Every random choice is a pure function of (seed, epoch, index of the image, view), and
+    Every random choice is a pure function of (seed, step, place in the batch, view), and
     the order one of (seed, epoch): two runs see the same, and a run that begins at
     `start_step` sees what an uninterrupted one would. What it skips is not decoded.
 
@@ -90,25 +90,35 @@ def pretrain_batches(
         shuffled = records.shuffle(
             shuffle_buffer, seed=seed * 1_000_003 + epoch, reshuffle_each_iteration=False
         )
-        return (
-            shuffled.take(per_epoch * batch_size)
-            .skip(tf.cast(skipped, tf.int64))
-            .map(lambda record: {**record, "draws": _draw(seed, epoch, record["index"])})
-        )
+        return shuffled.take(per_epoch * batch_size).skip(tf.cast(skipped, tf.int64))
 
     examples = tf.data.Dataset.range(start_epoch, epochs).flat_map(one_epoch)
+    # All random numbers of both views of a batch: float32 [B, 2, _DRAWS] in [0, 1).
+    draws = tf.data.Dataset.range(start_step, epochs * per_epoch).map(
+        lambda step: tf.random.stateless_uniform([batch_size, 2, _DRAWS], [seed, step])
+    )
+    on_host = augment_on == "host"
+
+    def views_of_batch(batch, draws):
+        cropped = _crop_batch(batch, draws, image_size, area_range)
+        return augment_batch(cropped, augmentation) if on_host else cropped
+
+    def views_of_image(record, draws):
+        cropped = _crop_encoded(source, record, draws, image_size, area_range)
+        if not on_host:
+            return cropped
+        # One at a time: a batch of large images leaves the processor's cache at every step.
+        batch = {name: value[tf.newaxis] for name, value in cropped.items()}
+        return {name: value[0] for name, value in augment_batch(batch, augmentation).items()}
+
     if in_memory:
         examples = examples.batch(batch_size, drop_remainder=True)
-        batches = _map(examples, lambda batch: _crop_batch(batch, image_size, area_range))
+        batches = _map(tf.data.Dataset.zip((examples, draws)), views_of_batch)
     else:
-        cropped = _map(
-            examples, lambda record: _crop_encoded(source, record, image_size, area_range)
-        )
-        batches = cropped.batch(batch_size, drop_remainder=True)
+        images = tf.data.Dataset.zip((examples, draws.unbatch()))
+        batches = _map(images, views_of_image).batch(batch_size, drop_remainder=True)
     if source.class_names is None:
         batches = batches.map(lambda batch: {k: v for k, v in batch.items() if k != "label"})
-    if augment_on == "host":
-        batches = _map(batches, lambda batch: augment_batch(batch, augmentation))
     return batches.with_options(_options()).prefetch(2)
 
 
@@ -153,12 +163,6 @@ def eval_batches(source, *, image_size, batch_size=256):
     return batches.with_options(_options()).prefetch(2)
 
 
-def _draw(seed, epoch, index):
-    """float32 [2, _DRAWS] in [0, 1): all random numbers of both views of one image."""
-    key = tf.stack([tf.cast(seed * 2**32, tf.int64) + epoch, index])
-    return tf.random.stateless_uniform([2, _DRAWS], key)
-
-
 def _fits_in_memory(source):
     """Whether the decoded images, all of one size, are worth keeping."""
     shape = source.image_shape
@@ -176,9 +180,9 @@ def _decoded(source):
     return _map(source.dataset, decode_whole)
 
 
-def _crop_batch(batch, image_size, area_range):
+def _crop_batch(batch, draws, image_size, area_range):
     """Two crops of every decoded image of a batch, in a few matmuls."""
-    images, draws = batch["image"], batch["draws"]
+    images = batch["image"]
     cropped = {"label": batch["label"]}
     for i in range(2):
         heights = tf.fill([tf.shape(images)[0]], images.shape[1])
@@ -189,15 +193,19 @@ def _crop_batch(batch, image_size, area_range):
     return cropped
 
 
-def _crop_encoded(source, record, image_size, area_range):
-    """Two crops of one encoded image, of which each decodes only the part that it needs."""
-    example, draws = source.example(record), record["draws"]
-    encoded = example["image"]
-    height, width = tf.unstack(decode.image_size(encoded))
+def _crop_encoded(source, record, draws, image_size, area_range):
+    """Two crops of one encoded image, of which as much is decoded, once, as both need."""
+    example = source.example(record)
+    height, width = tf.unstack(decode.image_size(example["image"]))
+    boxes = crop.random_crop_boxes(
+        tf.fill([2], height), tf.fill([2], width), draws[:, : crop.NUM_DRAWS], area_range
+    )
+    both = crop.enclosing_box(boxes)
+    pixels = decode.decode_and_crop(example["image"], both)
     cropped = {"label": example["label"]}
     for i in range(2):
-        box = crop.random_crop_boxes(height, width, draws[i, : crop.NUM_DRAWS], area_range)
-        view = crop.resize(decode.decode_and_crop(encoded, box), image_size)
+        box = tf.concat([boxes[i, :2] - both[:2], boxes[i, 2:]], 0)
+        view = crop.resize(crop.cut(pixels, box), image_size)
         cropped[f"view{i + 1}"] = tf.ensure_shape(view, [image_size, image_size, 3])
         cropped[f"draws{i + 1}"] = draws[i, crop.NUM_DRAWS :]
     return cropped

@@ -1,0 +1,242 @@
+"""Measures programs side by side: workers take turns, ratios are of turns next to each other.
+
+A worker is a process that makes itself ready, and then does one round of work for every
+line that it reads, so that its compilation and imports are not in the figures and the
+machine belongs to one of them at a time.
+"""
+
+import functools
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+
+from absl import flags
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string(
+    "peer_python", None, "An interpreter that has torch, torchvision and lightly, to compare with."
+)
+
+ROOT = pathlib.Path(__file__).parent.parent
+RESULTS = ROOT / "docs" / "performance"
+PAGE = ROOT / "docs" / "performance.md"
+
+
+class Worker:
+    """A process that runs `worker.serve`.
+
+    Args:
+      name: in the results.
+      command: list of strings, after the interpreter.
+      python: the interpreter; by default this one.
+      env: more environment variables.
+      cores: set of the cores that it may use, or None for all.
+    """
+
+    def __init__(self, name, command, python=sys.executable, env=None, cores=None):
+        self.name = name
+        self.process = subprocess.Popen(
+            [python, *command],
+            cwd=ROOT,
+            env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", **(env or {})},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL if not os.environ.get("BENCHMARK_DEBUG") else None,
+            text=True,
+            preexec_fn=functools.partial(os.sched_setaffinity, 0, cores) if cores else None,
+        )
+
+    def ready(self):
+        self.result()
+
+    def round(self):
+        self.begin()
+        return self.result()
+
+    def begin(self):
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+
+    def result(self):
+        for line in self.process.stdout:
+            if line.startswith("{"):  # libraries may print too
+                return json.loads(line)
+        raise SystemExit(f"error: {self.name} failed: set BENCHMARK_DEBUG=1 to see why.")
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+class Together:
+    """Workers that do their rounds at the same time, as one; the slowest counts."""
+
+    def __init__(self, name, workers):
+        self.name = name
+        self.workers = workers
+
+    def ready(self):
+        for worker in self.workers:
+            worker.ready()
+
+    def round(self):
+        for worker in self.workers:
+            worker.begin()
+        results = [worker.result() for worker in self.workers]
+        return {
+            "rate": min(result["rate"] for result in results),
+            "peak_mb": sum(result["peak_mb"] for result in results),
+        }
+
+    def close(self):
+        for worker in self.workers:
+            worker.close()
+
+
+def take_turns(workers, rounds):
+    """Lets every worker do its rounds, in alternation, after one that does not count.
+
+    Args: workers: a list of `Worker`s. rounds: int.
+
+    Returns: dict from the worker's name to a list of what its rounds printed.
+    """
+    for worker in workers:
+        worker.ready()
+        worker.round()
+    results = {worker.name: [] for worker in workers}
+    for _ in range(rounds):
+        for worker in workers:
+            results[worker.name].append(worker.round())
+    for worker in workers:
+        worker.close()
+    return results
+
+
+def summary(results, than):
+    """Of each worker the median rate, its spread, its peak memory and its ratio to one of them.
+
+    Args: results: of `take_turns`. than: the name of the worker to compare with, or None.
+    """
+    rows = {}
+    for name, rounds in results.items():
+        rates = [r["rate"] for r in rounds]
+        rows[name] = {
+            "median": statistics.median(rates),
+            "lowest": min(rates),
+            "highest": max(rates),
+            "peak_mb": max(r["peak_mb"] for r in rounds),
+        }
+        if than in results and name != than:
+            pairs = zip(rates, (r["rate"] for r in results[than]))
+            rows[name]["ratio"] = statistics.median(a / b for a, b in pairs)
+    return rows
+
+
+def machine(*packages, python=sys.executable):
+    """What the figures were measured on."""
+    code = (
+        "import importlib.metadata as m, json, sys\n"
+        "print(json.dumps({p: m.version(p) for p in sys.argv[1:]}))"
+    )
+    versions = subprocess.run(
+        [python, "-c", code, *packages], capture_output=True, text=True, check=True
+    ).stdout
+    return json.loads(versions)
+
+
+def cpu():
+    """The processor's name and how many cores this process may use."""
+    name = platform.processor()
+    info = pathlib.Path("/proc/cpuinfo")
+    if info.exists():
+        lines = (line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
+        fields = {key.strip(): value.strip() for key, value in lines}
+        name = fields.get("model name", name)
+        name += " with AMX" if "amx_tile" in fields.get("flags", "") else ""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{name}, {cores} cores"
+
+
+def peer_python():
+    """The interpreter of --peer_python, or this one, if it can run the peer; else None."""
+    python = FLAGS.peer_python or sys.executable
+    imports = [python, "-c", "import torch, torchvision, lightly"]
+    if subprocess.run(imports, capture_output=True).returncode == 0:
+        return python
+    if FLAGS.peer_python:
+        raise SystemExit(f"error: --peer_python={python}: torch, torchvision or lightly is absent.")
+    print("torch, torchvision and lightly are not installed: byol_tf alone is measured")
+    return None
+
+
+def ours(name, subject, arguments, **how):
+    """A `Worker` of benchmarks/ours.py."""
+    return Worker(name, ["-m", "benchmarks.ours", subject, json.dumps(arguments)], **how)
+
+
+def peer(python, subject, arguments):
+    """A `Worker` of benchmarks/peer.py."""
+    command = ["-m", "benchmarks.peer", subject, json.dumps(arguments)]
+    return Worker("PyTorch and lightly", command, python)
+
+
+def many_photos(photos, folder, copies=10):
+    """A folder with links to so many copies of the photographs, in their class folders."""
+    for path in sorted(pathlib.Path(photos).resolve().glob("*/*")):
+        (folder / path.parent.name).mkdir(parents=True, exist_ok=True)
+        for i in range(copies):
+            (folder / path.parent.name / f"{i}-{path.name}").symlink_to(path)
+    return folder
+
+
+def write(name, title, unit, parts, peer_python=None):
+    """Writes the figures of a benchmark as JSON, and as a table into docs/performance.md.
+
+    Args:
+      name: of the file and of the table's place in the page.
+      title, unit: of the table; the unit of the rates.
+      parts: dict from what was done to rows, of `summary`.
+      peer_python: interpreter of the peer, whose versions are noted.
+    """
+    versions = machine("tensorflow", "numpy")
+    if peer_python:
+        versions |= machine("torch", "torchvision", "lightly", python=peer_python)
+    record = {
+        "command": " ".join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]),
+        "cpu": cpu(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "unit": unit,
+        "results": parts,
+    }
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
+    lines = [
+        f"| {title} | {unit}, median | lowest to highest | ratio | peak memory, MB |",
+        "|---|---|---|---|---|",
+    ]
+    for part, rows in parts.items():
+        for who, row in rows.items():
+            ratio = f"{row['ratio']:.2f}" if "ratio" in row else ""
+            lines.append(
+                f"| {part}: {who} | {row['median']:.4g} | {row['lowest']:.4g} to "
+                f"{row['highest']:.4g} | {ratio} | {row['peak_mb']:.0f} |"
+            )
+    stack = ", ".join(f"{package} {version}" for package, version in versions.items())
+    lines += ["", f"`{record['command']}` on {record['cpu']}; {stack}."]
+    table = "\n".join(lines)
+    print(table)
+    _insert(name, table)
+
+
+def _insert(name, table):
+    """Replaces what stands between this benchmark's two marks in the page."""
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    page = PAGE.read_text()
+    before, _, rest = page.partition(begin)
+    _, _, after = rest.partition(end)
+    PAGE.write_text(f"{before}{begin}\n{table}\n{end}{after}")

@@ -1,0 +1,116 @@
+"""What of byol_tf is measured: `python -m benchmarks.ours SUBJECT JSON`, a worker of `measure`."""
+
+import itertools
+import json
+import os
+import sys
+
+import tensorflow as tf
+
+import byol_tf
+from benchmarks.worker import serve
+from byol_tf.data import crop
+from byol_tf.keras_api import keras
+
+
+def pipeline(dataset, data_dir, split, image_size, batch_size, batches):
+    """Images from disk to two full views."""
+    source = byol_tf.load_source(dataset, split, data_dir)
+    endless = byol_tf.pretrain_batches(
+        source, image_size=image_size, batch_size=batch_size, epochs=10_000
+    )
+    return _taking(endless, batches, batch_size)
+
+
+def two_crops(dataset, data_dir, split, image_size, batch_size, batches):
+    """The least that two views of a JPEG need: two crops decoded and resized, nothing else."""
+    source = byol_tf.load_source(dataset, split, data_dir)
+
+    def crops(record):
+        encoded = source.example(record)["image"]
+        height, width = tf.unstack(tf.io.extract_jpeg_shape(encoded)[:2])
+        crops = []
+        for draws in tf.unstack(tf.random.uniform([2, crop.NUM_DRAWS])):
+            box = crop.random_crop_boxes(height, width, draws)
+            pixels = tf.io.decode_and_crop_jpeg(encoded, box, channels=3)
+            crops.append(tf.image.resize(pixels, [image_size, image_size]))
+        return crops
+
+    records = source.dataset.repeat().map(crops, num_parallel_calls=max(2, os.cpu_count()))
+    return _taking(records.batch(batch_size).prefetch(2), batches, batch_size)
+
+
+def _taking(dataset, batches, batch_size):
+    iterator = iter(dataset)
+
+    def do_round():
+        for _ in itertools.islice(iterator, batches):
+            pass
+        return batches * batch_size
+
+    return do_round
+
+
+def step(encoder, stem, image_size, batch_size, precision, steps, strategy=None, threads=0):
+    """Training steps by `model.fit`, its callback included, on one batch in memory.
+
+    Args: batch_size: of one replica. strategy: None, "mirrored" over two logical CPUs, or
+    "multi_worker" as TF_CONFIG says. threads: inside an operation, 0: TensorFlow's choice.
+    """
+    tf.config.threading.set_intra_op_parallelism_threads(threads)
+    if precision == "bfloat16":
+        keras.mixed_precision.set_global_policy("mixed_bfloat16")
+    with _strategy(strategy).scope():
+        model = byol_tf.BYOL(byol_tf.resnet_encoder(encoder, stem=stem, image_size=image_size))
+        model.compile(byol_tf.LARS(0.2))
+        batch = _batch(image_size, batch_size * tf.distribute.get_strategy().num_replicas_in_sync)
+    update = byol_tf.TargetNetworkUpdate(0.99, total_steps=10**9)
+
+    def do_round():
+        model.fit(batch, steps_per_epoch=steps, callbacks=[update], verbose=0)
+        return steps
+
+    return do_round
+
+
+def _strategy(name):
+    if name == "mirrored":
+        cpu = tf.config.list_physical_devices("CPU")[0]
+        tf.config.set_logical_device_configuration(
+            cpu, [tf.config.LogicalDeviceConfiguration()] * 2
+        )
+        return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    if name == "multi_worker":
+        return tf.distribute.MultiWorkerMirroredStrategy()
+    return tf.distribute.get_strategy()
+
+
+def _batch(image_size, batch_size):
+    """One batch of two views, again and again."""
+    shape = [batch_size, image_size, image_size, 3]
+    views = {f"view{i}": tf.random.stateless_normal(shape, [0, i]) for i in (1, 2)}
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
+    return tf.data.Dataset.from_tensors(views).repeat().with_options(options)
+
+
+def embed(encoder, data_dir, image_size, batch_size):
+    """Images from disk to embeddings."""
+    source = byol_tf.load_source("image_folder", "all", data_dir)
+    network = byol_tf.resnet_encoder(encoder, image_size=image_size)
+
+    def do_round():
+        features = byol_tf.extract_features(
+            network, source, image_size=image_size, batch_size=batch_size
+        )
+        return len(features.vectors)
+
+    return do_round
+
+
+SUBJECTS = {function.__name__: function for function in (pipeline, two_crops, step, embed)}
+
+if __name__ == "__main__":
+    subject, arguments = sys.argv[1:]
+    serve(SUBJECTS[subject](**json.loads(arguments)))

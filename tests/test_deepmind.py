@@ -212,12 +212,43 @@ def test_command_line(tmp_path, reference_classes):
     assert "knn_top1" not in results  # that was of other weights
     assert (results["imported_step"], results["steps"]) == (7, 2)
     latest = tf.train.latest_checkpoint(str(workdir / "checkpoints"))
-    encoder = byol_tf.resnet_encoder("resnet18", width_multiplier=1 / 16)
-    restored = tf.train.Checkpoint(model=tf.train.Checkpoint(online_encoder=encoder))
-    restored.restore(latest).expect_partial()
-    kernel = encoder.get_layer("group3_block1_1_conv").kernel
+    kernel = restored_encoder(latest).get_layer("group3_block1_1_conv").kernel
     name = haiku_name("resnet18", "group3_block1_1_conv")
     np.testing.assert_array_equal(kernel, online[name]["w"])
+
+
+def test_fine_tuning_on_the_command_line(tmp_path, reference_classes):
+    """A supervised run starts from the imported encoder, and then from its own checkpoints."""
+    file, workdir = tmp_path / "pretrain.pkl", tmp_path / "run"
+    online = write_synthetic(file, reference_classes, "resnet18", 1 / 16)
+    task = ["--task=import_deepmind", f"--checkpoint={file}", "--optimizer=sgd"]
+    refused = run_main(workdir, *task, "--method=supervised")
+    assert refused.returncode == 1
+    assert refused.stderr.splitlines()[-1].startswith("error: --method=supervised:")
+    assert run_main(workdir, *task).returncode == 0
+    data = "--dataset=image_folder", f"--data_dir={folder_of_images(tmp_path)}", "--image_size=32"
+    tune = "--task=pretrain", "--method=supervised", "--batch_size=8", "--epochs=1"
+    still = "--base_learning_rate=0", "--weight_decay=0", "--warmup_epochs=0"
+    done = run_main(workdir, *tune, *still, *data, "--max_steps=1")
+    assert done.returncode == 0, done.stderr
+    assert "fine-tuning the encoder" in done.stderr
+    done = run_main(workdir, "--task=pretrain")
+    assert done.returncode == 0, done.stderr
+    assert "resuming from" in done.stderr
+    latest = tf.train.latest_checkpoint(str(workdir / "checkpoints"))
+    assert latest.endswith("-2")
+    np.testing.assert_array_equal(
+        restored_encoder(latest).get_layer("group3_block1_1_conv").kernel,
+        online[haiku_name("resnet18", "group3_block1_1_conv")]["w"],
+    )
+
+
+def restored_encoder(checkpoint):
+    """The ResNet-18 of a checkpoint of main.py."""
+    encoder = byol_tf.resnet_encoder("resnet18", width_multiplier=1 / 16)
+    restored = tf.train.Checkpoint(model=tf.train.Checkpoint(online_encoder=encoder))
+    restored.restore(checkpoint).expect_partial()
+    return encoder
 
 
 def folder_of_images(tmp_path):

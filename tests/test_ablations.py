@@ -24,16 +24,18 @@ def random(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def batches(steps=3, size=16):
+def batches(steps=3, size=16, order=range(16)):
+    """Batches of always the same images, those of each batch in this order."""
+    rows = (np.arange(steps)[:, None] * size + np.array(order)).ravel()
     data = {
-        "view1": random(steps * size, 16, 16, 3),
-        "view2": random(steps * size, 16, 16, 3, seed=1),
-        "label": np.arange(steps * size) % 4,
+        "view1": random(steps * size, 16, 16, 3)[rows],
+        "view2": random(steps * size, 16, 16, 3, seed=1)[rows],
+        "label": rows % 4,
     }
     return tf.data.Dataset.from_tensor_slices(data).batch(size, drop_remainder=True)
 
 
-def trained(encoder, strategy=None, freeze=False, **kwargs):
+def trained(encoder, strategy=None, freeze=False, data=None, **kwargs):
     """All online and target weights after three steps from always the same start."""
     strategy = strategy or tf.distribute.get_strategy()
     with strategy.scope():
@@ -54,7 +56,7 @@ def trained(encoder, strategy=None, freeze=False, **kwargs):
     for weight in model.online_weights + model.target_weights:
         value = rng.normal(size=weight.shape) * 0.3
         weight.assign(np.abs(value) + 0.5 if "variance" in weight.name else value)
-    model.fit(batches(), callbacks=[byol_tf.TargetNetworkUpdate(0.5)], verbose=0)
+    model.fit(data or batches(), callbacks=[byol_tf.TargetNetworkUpdate(0.5)], verbose=0)
     return [weight.numpy() for weight in model.online_weights + model.target_weights]
 
 
@@ -81,16 +83,74 @@ def test_accumulation_on_two_replicas(tiny_encoder, mirrored):
     assert_same(one, trained(tiny_encoder, mirrored, freeze=True, accumulation_steps=2))
 
 
-def test_negative_pairs_against_numpy():
-    prediction, same, other = (random(5, 6, seed=i) for i in range(3))
+def test_accumulation_shares_statistics_across_replicas(tiny_encoder, mirrored):
+    """A part is the same part of both replicas' halves: one replica that takes the images in
+    that order does the same."""
+    order = [*range(4), *range(8, 12), *range(4, 8), *range(12, 16)]
+    one = trained(tiny_encoder, data=batches(order=order), accumulation_steps=2)
+    assert_same(one, trained(tiny_encoder, mirrored, accumulation_steps=2), rtol=2e-3)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"accumulation_steps": 0}, {"projector_depth": 0}, {"predictor_depth": -1}]
+)
+def test_what_cannot_be_built(tiny_encoder, wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}="):
+        byol_tf.BYOL(tiny_encoder(), projector_hidden_size=8, projector_output_size=4, **wrong)
+
+
+def test_a_batch_must_divide_by_the_accumulation_steps(tiny_encoder):
+    with pytest.raises(ValueError, match="batch of 16 images .* accumulation_steps=3"):
+        trained(tiny_encoder, accumulation_steps=3)
+    with pytest.raises(ValueError, match="drop_remainder=True"):
+        trained(tiny_encoder, accumulation_steps=2, data=batches().unbatch().batch(16))
+
+
+def numpy_negatives(prediction, same, other, temperature):
     p, s, o = unit(prediction), unit(same), unit(other)
-    expected = []
-    for i in range(5):
-        total = sum(np.exp(p[i] @ s[j] / 0.3) for j in range(5) if j != i)
-        total += sum(np.exp(p[i] @ o[j] / 0.3) for j in range(5))
-        expected.append(2 * 0.3 * np.log(total))
-    found = contrastive_loss(*map(tf.constant, (prediction, same, other)), temperature=0.3)
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    losses = []
+    for i in range(len(p)):
+        total = sum(np.exp(p[i] @ s[j] / temperature) for j in range(len(p)) if j != i)
+        total += sum(np.exp(p[i] @ o[j] / temperature) for j in range(len(p)))
+        losses.append(2 * temperature * np.log(total))
+    return losses
+
+
+def test_negative_pairs_against_numpy():
+    vectors = [random(5, 6, seed=i) for i in range(3)]
+    found = contrastive_loss(*map(tf.constant, vectors), temperature=0.3)
+    np.testing.assert_allclose(found, numpy_negatives(*vectors, 0.3), rtol=1e-5)
+
+
+@pytest.mark.parametrize("use_predictor", [True, False])
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_table_5b_against_numpy(tiny_encoder, use_predictor, beta):
+    """With a target network: the loss with and without predictor, at a beta of equation 8."""
+    model = byol_tf.BYOL(
+        tiny_encoder(),
+        projector_hidden_size=16,
+        projector_output_size=8,
+        random_target=True,
+        use_predictor=use_predictor,
+        contrastive_weight=beta,
+        temperature=0.3,
+    )
+    model.compile(optimizer="sgd")
+    (data,) = batches(steps=1)
+    online, target = [], []
+    for view in (data["view1"], data["view2"]):
+        z = model.online_projector(model.online_encoder(view, training=True), training=True)
+        online.append(model.predictor(z, training=True) if use_predictor else z)
+        z = model.target_encoder(view, training=True)
+        target.append(model.target_projector(z, training=True))
+    online, target = np.array(online), np.array(target)
+    prediction = ((unit(online) - unit(target[::-1])) ** 2).sum(-1).mean(-1).sum()
+    negatives = sum(
+        np.mean(numpy_negatives(online[v], target[v], target[1 - v], 0.3)) for v in (0, 1)
+    )
+    logs = model.train_on_batch(data, return_dict=True)
+    assert logs["prediction_loss"] == pytest.approx(prediction, rel=1e-4)
+    assert logs["loss"] == pytest.approx(prediction + beta * negatives, rel=1e-4)
 
 
 def test_simclr_is_nt_xent(tiny_encoder):
@@ -203,6 +263,53 @@ def test_supervised_learns_from_labels(tiny_encoder):
     history = model.fit(dataset, epochs=15, verbose=0).history
     assert history["accuracy"][-1] > 0.9
     assert np.abs(model.online_encoder.get_weights()[0] - before).max() > 1e-2
+
+
+def supervised_weights(encoder, data, strategy=None):
+    """What a supervised model has learned from the batches, from always the same start."""
+    strategy = strategy or tf.distribute.get_strategy()
+    with strategy.scope():
+        keras.utils.set_random_seed(3)
+        model = byol_tf.Supervised(encoder(strategy.num_replicas_in_sync > 1), num_classes=4)
+        model.compile(optimizer=keras.optimizers.SGD(0.2))
+    model.fit(data, verbose=0)
+    return [weight.numpy() for weight in model.online_weights]
+
+
+def test_supervised_on_two_replicas(tiny_encoder, mirrored):
+    one = supervised_weights(tiny_encoder, batches())
+    assert_same(one, supervised_weights(tiny_encoder, batches(), mirrored))
+
+
+def test_supervised_images_without_label_do_not_count(tiny_encoder):
+    """The same images twice, the second time without label; batch norm sees no difference."""
+    (data,) = batches(steps=1)
+    twice = {key: tf.concat([value[:8]] * 2, 0) for key, value in data.items()}
+    half = {**twice, "label": tf.concat([twice["label"][:8], tf.fill([8], np.int64(-1))], 0)}
+    one, other = (
+        supervised_weights(tiny_encoder, tf.data.Dataset.from_tensors(d)) for d in (twice, half)
+    )
+    assert_same(one, other)
+
+
+def test_supervised_evaluates_what_fit_takes(tiny_encoder):
+    """Tuples of (views, ...) too, and in inference mode; a missing label counts nowhere."""
+    model = byol_tf.Supervised(tiny_encoder(), num_classes=4)
+    model.compile(optimizer="sgd")
+    (data,) = batches(steps=1)
+    labels = np.where(np.arange(16) < 4, -1, data["label"])
+    dataset = tf.data.Dataset.from_tensors(({**data, "label": labels}, np.zeros(16)))
+    before = [weight.numpy() for weight in model.online_weights]
+    logs = model.evaluate(dataset, verbose=0, return_dict=True)
+    for weight, value in zip(model.online_weights, before):
+        np.testing.assert_array_equal(weight, value)
+    logits = np.concatenate([model(data[view])[4:] for view in ("view1", "view2")])
+    labels = np.tile(labels[4:], 2)
+    losses = np.log(np.exp(logits).sum(-1)) - logits[np.arange(24), labels]
+    assert logs["loss"] == pytest.approx(losses.mean(), rel=1e-5)
+    assert logs["accuracy"] == pytest.approx((logits.argmax(-1) == labels).mean())
+    model.fit(dataset, verbose=0)
+    assert np.abs(model.online_weights[0] - before[0]).max() > 0
 
 
 @pytest.mark.parametrize("path", FLAG_FILES, ids=lambda path: path.stem)

@@ -134,7 +134,7 @@ def pretrain():
         _folder(),
         log_every=FLAGS.log_every,
         batch_size=FLAGS.batch_size,
-        target_update=target_update,
+        target_update=target_update if FLAGS.target_network else None,
         manager=manager,
     )
     callbacks = [target_update, watch, training.Checkpoints(manager, FLAGS.checkpoint_every)]

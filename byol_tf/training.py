@@ -105,7 +105,7 @@ class Watch(keras.callbacks.Callback):
       workdir: folder of metrics.jsonl and tensorboard/.
       log_every: steps between two lines.
       batch_size: global, in images.
-      target_update: a `TargetNetworkUpdate`, to log its tau, or None.
+      target_update: a `TargetNetworkUpdate`, to log its tau, or None without target network.
       manager: a `tf.train.CheckpointManager`, to name the last checkpoint in an error.
     """
 

@@ -1,5 +1,6 @@
 """Checkpoints of DeepMind's: read safely, imported whole, and gone on from."""
 
+import functools
 import json
 import pathlib
 import pickle
@@ -14,7 +15,7 @@ import tensorflow as tf
 
 import byol_tf
 from byol_tf import deepmind
-from byol_tf.keras_api import keras
+from byol_tf.classifier import linear_classifier
 from byol_tf.resnet import BLOCKS_PER_GROUP, mlp, resnet
 
 TINY = pathlib.Path(__file__).parent / "reference" / "pretrain_tiny.pkl"
@@ -77,23 +78,26 @@ def test_another_architecture_is_refused_and_nothing_changes():
         deepmind.architecture(byol_tf.load_deepmind(TINY))
 
 
-def synthetic(name, width, stem_suffix="", seed=0):
-    """Random parameters and state of one network, by haiku's names and in its shapes."""
-    hidden, output, num_classes = 16, 8, 5
+@functools.cache
+def shapes(name, width):
+    """The shapes of one network's variables, by our names."""
     encoder = byol_tf.resnet_encoder(name, width_multiplier=width)
     embedding_size = encoder.output_shape[-1]
-    classifier = keras.layers.Dense(num_classes, name="classifier")
-    classifier.build((None, embedding_size))
     heads = [
-        mlp("online_projector", embedding_size, [hidden, output]),
-        mlp("predictor", output, [hidden, output]),
-        classifier,
+        mlp("online_projector", embedding_size, [16, 8]),
+        mlp("predictor", 8, [16, 8]),
+        linear_classifier(embedding_size, num_classes=5),
     ]
+    variables = deepmind._variables(encoder, *heads)
+    return {key: tuple(variable.shape) for key, variable in variables.items()}
+
+
+def synthetic(name, width, stem_suffix="", seed=0):
+    """Random parameters and state of one network, by haiku's names and in its shapes."""
     rng = np.random.default_rng(seed)
     params, state = {}, {}
-    variables = deepmind._variables(encoder, *heads)
-    for (layer, weight), variable in variables.items():
-        module, shape = haiku_name(name, layer, stem_suffix), tuple(variable.shape)
+    for (layer, weight), shape in shapes(name, width).items():
+        module = haiku_name(name, layer, stem_suffix)
         array = rng.uniform(0.1, 1.0, shape).astype(np.float32)
         wide = array.reshape((1,) * (3 if "block" in module or "initial" in module else 1) + shape)
         if weight in ("gamma", "beta"):
@@ -214,7 +218,7 @@ def test_import_of_made_up_files(tmp_path, reference_classes, name, width, stem_
 
 
 def test_an_odd_tree_takes_one_line():
-    params, _ = synthetic("resnet18", 1 / 32)
+    params, _ = synthetic("resnet18", 1 / 16)
     for spoil, message in (
         (lambda: params.pop("classifier"), "no classifier.kernel"),
         (lambda: params.update(classifier=3), "no array at classifier,"),

@@ -281,7 +281,7 @@ def final_errors(model, arrays):
                 np.concatenate([expected[key].ravel() for key in keys]),
             )
             for key in set(keys).difference(WITHOUT_GRADIENT):
-                alone[network, *key] = relative_error(variables[key], expected[key])
+                alone[(network, *key)] = relative_error(variables[key], expected[key])
     return together, alone
 
 

@@ -21,7 +21,7 @@ _STATE = ("online_params", "target_params", "online_state", "target_state", "opt
 def load_deepmind(path):
     """Reads a checkpoint of DeepMind's pretraining, as published or written by its code.
 
-    Args: path: the file, such as pretrain_res50x1.pkl. Needs memory of four times its size.
+    Args: path: the file, such as pretrain_res50x1.pkl. Needs memory of 1.4 times its size.
 
     Returns:
       A dict of dicts, lists and NumPy arrays: "step" and "experiment_state", in that

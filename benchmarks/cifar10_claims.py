@@ -3,13 +3,15 @@
     python -m benchmarks.cifar10_claims --data_dir=../shared/tfds --workdir=runs/claims
 
 Every run is one of `main.py` in a folder of its own below --workdir, one a core at a time.
-The same command again goes on where it was stopped. Writes claims.json, claims.md and
-claims.png there. Needs `pip install -r benchmarks/requirements.txt`.
+The same command again goes on where it was stopped; what is finished is taken as it is, so
+other --extra flags need another --workdir. Writes claims.json, claims.md and claims.png there.
+Needs `pip install -r benchmarks/requirements.txt`.
 """
 
 import collections
 import concurrent.futures
 import datetime
+import itertools
 import json
 import os
 import pathlib
@@ -21,14 +23,6 @@ import numpy as np
 from absl import app, flags
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("data_dir", None, "Folder of TFDS's prepared cifar10.", required=True)
-flags.DEFINE_string("workdir", "runs/claims", "Folder of the runs and of what is made of them.")
-flags.DEFINE_integer("seeds", 3, "Runs of each setting.", lower_bound=2)
-flags.DEFINE_integer(
-    "jobs", os.cpu_count(), "Runs at a time, each on a core of its own.", lower_bound=1
-)
-flags.DEFINE_list("extra", [], "More flags for every run, as in --extra=--epochs=2.")
-
 ROOT = pathlib.Path(__file__).parent.parent
 SIMCLR = "--flagfile=flags/ablation/simclr.flags"
 SMALL_BATCH = "--accumulation_steps=4"  # batch norm and negative pairs see 16 images of 64
@@ -45,6 +39,17 @@ SETTINGS = {
     "BYOL, no colour": [NO_COLOR],
     "SimCLR, no colour": [SIMCLR, NO_COLOR],
 }
+
+
+def define_flags():
+    """Only where this is the program: main.py has flags of the same names."""
+    flags.DEFINE_string("data_dir", None, "Folder of TFDS's prepared cifar10.", required=True)
+    flags.DEFINE_string("workdir", "runs/claims", "Folder of the runs and of what is made of them.")
+    flags.DEFINE_integer("seeds", 3, "Runs of each setting.", lower_bound=2)
+    flags.DEFINE_integer(
+        "jobs", os.cpu_count(), "Runs at a time, each on a core of its own.", lower_bound=1
+    )
+    flags.DEFINE_list("extra", [], "More flags for every run, as in --extra=--epochs=2.")
 
 
 def main(argv):
@@ -84,14 +89,10 @@ def read_result(workdir):
 def run_all(jobs, folder):
     """Does the runs that are not done yet, --jobs at a time."""
     todo = [job for job in jobs if read_result(run_folder(folder, *job)) is None]
-    print(f"{len(jobs)} runs, {len(jobs) - len(todo)} of them done already", flush=True)
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    print(f"{len(jobs)} runs, {len(jobs) - len(todo)} of them finished before", flush=True)
     begin = time.perf_counter()
-    with concurrent.futures.ThreadPoolExecutor(FLAGS.jobs) as pool:
-        free = collections.deque(
-            cores[i % len(cores)] if cores else None for i in range(FLAGS.jobs)
-        )
-        futures = {pool.submit(run, folder, *job, free): job for job in todo}
+    with concurrent.futures.ThreadPoolExecutor(FLAGS.jobs, initializer=core_taker()) as pool:
+        futures = {pool.submit(run, folder, *job): job for job in todo}
         try:
             for done, future in enumerate(concurrent.futures.as_completed(futures), 1):
                 result = future.result()
@@ -103,25 +104,31 @@ def run_all(jobs, folder):
                     f"about {datetime.timedelta(seconds=round(left))} left",
                     flush=True,
                 )
-        except BaseException:
+        except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
+            print(f"{error or 'interrupted'}; awaiting the runs under way", flush=True)
             raise
 
 
-def run(folder, name, seed, free):
-    """One run of main.py on one free core; goes on where it was stopped."""
+def core_taker():
+    """Function that gives the thread that calls it, and so its runs, the next core."""
+    if not hasattr(os, "sched_setaffinity"):
+        return None
+    cores = itertools.cycle(sorted(os.sched_getaffinity(0)))
+    return lambda: os.sched_setaffinity(0, {next(cores)})
+
+
+def run(folder, name, seed):
+    """One run of main.py; goes on where it was stopped."""
     workdir = run_folder(folder, name, seed)
     workdir.mkdir(parents=True, exist_ok=True)
-    core = free.popleft()
     command = [
-        *(["taskset", "-c", str(core)] if core is not None else []),
         *(sys.executable, "main.py", "--flagfile=flags/reproduce/cifar10_claims.flags"),
         *(f"--data_dir={pathlib.Path(FLAGS.data_dir).resolve()}", f"--seed={seed}"),
         *(f"--workdir={workdir}", *SETTINGS[name], *FLAGS.extra),
     ]
     with (workdir / "log.txt").open("a") as log:
         status = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log).returncode
-    free.append(core)
     result = read_result(workdir)
     if status or result is None:
         raise SystemExit(f"error: {name}, seed {seed}: main.py failed: see {workdir / 'log.txt'}")
@@ -136,19 +143,19 @@ def mean_and_error(values):
     return np.mean(values), np.std(values, ddof=1) / np.sqrt(len(values))
 
 
-def percent(results, name, figure="linear_top1"):
-    """Mean and standard error of an accuracy over the seeds, in %."""
-    return mean_and_error([100 * result[figure] for result in results[name]])
+def percents(runs, figure="linear_top1"):
+    """An accuracy of every run in %, float [seeds]."""
+    return np.array([100 * run[figure] for run in runs])
 
 
 def table(results):
     """Lines of Markdown: every setting's accuracies, spread and rank, +- standard error."""
-    yield f"Mean over {FLAGS.seeds} seeds ± standard error."
+    yield f"Mean over {len(results['BYOL'])} seeds ± standard error."
     yield ""
     yield "| | linear probe, % | k-NN, % | projection_std | effective rank |"
     yield "|---|---|---|---|---|"
     for name, runs in results.items():
-        cells = [percent(results, name), percent(results, name, "knn_top1")]
+        cells = [mean_and_error(percents(runs, f)) for f in ("linear_top1", "knn_top1")]
         cells += [
             mean_and_error([r[f] for r in runs]) for f in ("projection_std", "effective_rank")
         ]
@@ -158,34 +165,47 @@ def table(results):
 
 
 def claims(results):
-    """Lines of Markdown: each claim as a difference of two means, by linear probe."""
-    accuracy = {name: np.array(percent(results, name)) for name in results}
-
-    def line(claim, difference, *errors):
-        error = np.linalg.norm(errors)
-        shows = "shows" if difference > 2 * error else "does not show"
-        return f"| {claim} | {difference:.1f} ± {error:.1f} | {shows} |"
-
-    yield "A claim shows where its difference is more than two standard errors above 0."
+    """Lines of Markdown: each claim as a difference by linear probe, and who collapsed."""
+    accuracy = {name: percents(runs) for name, runs in results.items()}
+    yield "A claim is a difference in points by linear probe, taken seed by seed. It shows where the"
+    yield "mean is more than two standard errors above 0: with few seeds a rule of thumb, no test."
     yield ""
-    yield "| claim | difference in points | |"
+    yield "| claim | difference | |"
     yield "|---|---|---|"
-    best = max(("BYOL", "tau = 0.9"), key=lambda name: accuracy[name][0])
     for other in ("tau = 0", "tau = 1", "no target"):
-        (a, a_error), (b, b_error) = accuracy[best], accuracy[other]
-        yield line(f"(a) {best} is better than {other}", a - b, a_error, b_error)
+        text = f"(a) BYOL, whose tau begins at 0.996, is better than {other}"
+        yield claim(text, accuracy["BYOL"] - accuracy[other])
     for letter, change in (("b", "batch 16"), ("c", "no colour")):
-        lost, errors = {}, []
-        for method in ("BYOL", "SimCLR"):
-            (a, a_error), (b, b_error) = accuracy[method], accuracy[f"{method}, {change}"]
-            lost[method] = a - b
-            errors += [a_error, b_error]
-        text = "{} loses {:.1f}".format
-        yield line(
-            f"({letter}) {change}: {text('BYOL', lost['BYOL'])}, less than "
-            f"SimCLR, which {text('', lost['SimCLR']).strip()}",
-            lost["SimCLR"] - lost["BYOL"],
-            *errors,
+        byol, simclr = (accuracy[m] - accuracy[f"{m}, {change}"] for m in ("BYOL", "SimCLR"))
+        text = (
+            f"({letter}) {change}: BYOL, losing {byol.mean():.1f}, loses less than SimCLR, losing"
+        )
+        yield claim(f"{text} {simclr.mean():.1f}", simclr - byol)
+    yield ""
+    yield from collapses(results)
+
+
+def claim(text, differences):
+    """A line of the table: whether the differences of the seeds, float [seeds], are above 0."""
+    mean, error = mean_and_error(differences)
+    if abs(mean) <= 2 * error:
+        verdict = "does not show"
+    else:
+        verdict = "shows" if mean > 0 else "does not show: the contrary does"
+    return f"| {text} | {mean:.1f} ± {error:.1f} | {verdict} |"
+
+
+def collapses(results):
+    """Lines of Markdown: how many of the runs that collapse in the paper did so here."""
+    from byol_tf.training import COLLAPSED_STD  # loads TensorFlow: not beside the runs
+
+    for name in ("tau = 0", "no target"):
+        spreads = [run["projection_std"] for run in results[name]]
+        count = sum(spread < COLLAPSED_STD for spread in spreads)
+        mean, error = mean_and_error(spreads)
+        yield (
+            f"* (a) {name}: {count} of {len(spreads)} runs collapsed (projection_std at the end "
+            f"{mean:.3f} ± {error:.3f}; collapsed is below {COLLAPSED_STD})."
         )
 
 
@@ -201,7 +221,7 @@ def plot(results, path):
     draw(axes[0], "BYOL", names, results, "tab:blue")
     axes[0].set_xticks(range(len(names)), ["0", "0.9", "0.996", "1", "no\ntarget"])
     axes[0].set(title="(a) target", xlabel="tau of the first step", ylabel="linear probe, top-1 %")
-    panels = {"(b) batch": ("128", "16"), "(c) augmentation": ("paper's", "without colour")}
+    panels = {"(b) batch": ("64", "16"), "(c) augmentation": ("paper's", "without colour")}
     for axis, change, (title, ticks) in zip(axes[1:], ("batch 16", "no colour"), panels.items()):
         draw(axis, "BYOL", ["BYOL", f"BYOL, {change}"], results, "tab:blue")
         draw(axis, "SimCLR", ["SimCLR", f"SimCLR, {change}"], results, "tab:orange")
@@ -213,12 +233,13 @@ def plot(results, path):
 
 def draw(axis, label, names, results, color):
     """Means with their standard errors, and a dot a seed."""
-    means, errors = zip(*(percent(results, name) for name in names))
+    means, errors = zip(*(mean_and_error(percents(results[name])) for name in names))
     axis.errorbar(range(len(names)), means, errors, label=label, color=color, marker="o", capsize=4)
     for x, name in enumerate(names):
-        values = [100 * result["linear_top1"] for result in results[name]]
+        values = percents(results[name])
         axis.scatter([x] * len(values), values, color=color, alpha=0.4, s=12)
 
 
 if __name__ == "__main__":
+    define_flags()
     app.run(main)

@@ -21,7 +21,7 @@ _STATE = ("online_params", "target_params", "online_state", "target_state", "opt
 def load_deepmind(path):
     """Reads a checkpoint of DeepMind's pretraining, as published or written by its code.
 
-    Args: path: the file, such as pretrain_res50x1.pkl. Needs memory of four times its size.
+    Args: path: the file, such as pretrain_res50x1.pkl. Needs memory of 1.4 times its size.
 
     Returns:
       A dict of dicts, lists and NumPy arrays: "step" and "experiment_state", in that
@@ -59,7 +59,7 @@ def architecture(checkpoint):
       projector_output_size, and of num_classes, that of the online classifier.
 
     Raises:
-      UserError: if the encoder is none of `resnet.BLOCKS_PER_GROUP`.
+      UserError: if the encoder is none of `resnet.BLOCKS_PER_GROUP`, or a weight is missing.
     """
     state = checkpoint["experiment_state"]
     shapes = {key: array.shape for key, array in _weights(state["online_params"]).items()}
@@ -81,7 +81,11 @@ def architecture(checkpoint):
             "projector_output_size": shapes["projector_outputs", "kernel"][1],
             "num_classes": shapes["classifier", "kernel"][1],
         }
-    except (StopIteration, KeyError) as error:
+    except KeyError as error:
+        raise UserError(
+            f"the checkpoint's online network has no {'.'.join(error.args[0])}."
+        ) from error
+    except (StopIteration, IndexError) as error:
         raise UserError(
             f"the checkpoint's encoder, with {blocks} blocks a group, is none of "
             f"{', '.join(BLOCKS_PER_GROUP)}: build the model yourself and call "
@@ -155,8 +159,9 @@ def _momentum_pairs(model, online, opt_state):
 
 _BLOCK = r".*/block_group_(\d)/~/block_(\d+)/~/"
 _LAYERS = {
-    r".*/initial_conv": "stem_conv",
-    r".*/initial_batchnorm": "stem_bn",
+    # With _1 where a ResNet has made the one that it inherits anew.
+    r".*/initial_conv(_1)?": "stem_conv",
+    r".*/initial_batchnorm(_1)?": "stem_bn",
     _BLOCK + r"conv_(\d)": r"group\1_block\2_\3_conv",
     _BLOCK + r"batchnorm_(\d)": r"group\1_block\2_\3_bn",
     _BLOCK + r"shortcut_conv": r"group\1_block\2_shortcut_conv",
@@ -182,18 +187,29 @@ def _layer_name(module):
 def _weights(params, state=None):
     """The arrays of one network by our names: {(layer, weight): array}."""
     weights = {}
-    for module, arrays in params.items():
-        for name, array in arrays.items():
-            weights[_layer_name(module), _PARAMETERS.get(name, name)] = array
-    for module, averages in (state or {}).items():
+    for module, name, array in _leaves(params):
+        weights[_layer_name(module), _PARAMETERS.get(name, name)] = array
+    for module, name, array in _leaves(state or {}):
         module, _, statistic = module.rpartition("/~/")
-        # `average` is debiased: what haiku normalises with in evaluation.
-        weights[_layer_name(module), _STATISTICS.get(statistic, statistic)] = averages["average"]
+        if name == "average":  # debiased: what haiku normalises with in evaluation
+            weights[_layer_name(module), _STATISTICS.get(statistic, statistic)] = array
     one_a_channel = ("gamma", "beta", *_STATISTICS.values())  # [1, 1, 1, C] in haiku
     return {
         key: array.reshape(-1) if key[1] in one_a_channel else array
         for key, array in weights.items()
     }
+
+
+def _leaves(tree, path=()):
+    """(module, name, array) of haiku's {module: {name: array}}."""
+    if isinstance(tree, dict):
+        for key, node in tree.items():
+            yield from _leaves(node, (*path, str(key)))
+    elif isinstance(tree, np.ndarray) and len(path) == 2:
+        yield *path, tree
+    else:
+        where = "/".join(path) or "a network"
+        raise UserError(f"the checkpoint has no array at {where}, by module and name.")
 
 
 def _variables(*parts):
@@ -242,7 +258,8 @@ class _Unpickler(pickle.Unpickler):
     """Refuses every name but those below, and imports none of those either.
 
     Each stands for a method that makes plain dicts and arrays in the making. Methods, and
-    not functions, because a pickle may set attributes of what it is given: these have none.
+    not functions, because a pickle may set attributes of what it is given, such as a
+    function's defaults, which a method refuses. What reaches a `__dict__` is never read.
     """
 
     def find_class(self, module, name):

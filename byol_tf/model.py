@@ -2,8 +2,9 @@
 
 import tensorflow as tf
 
+from byol_tf.classifier import linear_classifier, loss_and_accuracy
 from byol_tf.keras_api import keras
-from byol_tf.resnet import kernel_initializer, mlp
+from byol_tf.resnet import mlp
 from byol_tf.target_update import TargetNetworkUpdate
 
 
@@ -92,6 +93,12 @@ def effective_rank(representations):
     return tf.math.divide_no_nan(tf.square(tf.linalg.trace(gram)), tf.reduce_sum(tf.square(gram)))
 
 
+def unpack_views(batch, augment=None):
+    """The dict of views from what `fit` hands over, augmented where that is done in the step."""
+    batch, _, _ = keras.utils.unpack_x_y_sample_weight(batch)
+    return batch if augment is None else augment(batch)
+
+
 class BYOL(keras.Model):
     """Bootstrap Your Own Latent (Grill et al. 2020) around any image encoder.
 
@@ -126,7 +133,8 @@ class BYOL(keras.Model):
         is beta of equation 8. Neither of both and a weight of 1 is SimCLR.
 
     Raises:
-      ValueError: if the encoder does not give one vector an image or cannot be cloned.
+      ValueError: if the encoder does not give one vector an image or cannot be cloned, or a
+        depth or accumulation_steps is below 1.
     """
 
     def __init__(
@@ -150,6 +158,11 @@ class BYOL(keras.Model):
         name="byol",
     ):
         super().__init__(name=name)
+        if min(projector_depth, predictor_depth, accumulation_steps) < 1:
+            raise ValueError(
+                f"projector_depth={projector_depth}, predictor_depth={predictor_depth} and "
+                f"accumulation_steps={accumulation_steps} must all be at least 1."
+            )
         self.accumulation_steps = accumulation_steps
         self.use_target = use_target
         self.contrastive_weight = contrastive_weight
@@ -173,13 +186,7 @@ class BYOL(keras.Model):
         self.target_projector = head("target_projector", embedding_size, projector_depth)
         self.classifier = None
         if num_classes:
-            self.classifier = keras.layers.Dense(
-                num_classes,
-                kernel_initializer=kernel_initializer(),
-                dtype="float32",
-                name="classifier",
-            )
-            self.classifier.build((None, embedding_size))
+            self.classifier = linear_classifier(embedding_size, num_classes)
         if not random_target:
             self.target_encoder.set_weights(encoder.get_weights())
             self.target_projector.set_weights(self.online_projector.get_weights())
@@ -197,7 +204,7 @@ class BYOL(keras.Model):
 
     def train_step(self, batch):
         """One step of algorithm 1, without its last line: the target moves in the callback."""
-        batch = self._views(batch)
+        batch = unpack_views(batch, self.augment)
         gradients = []
         for part in self._parts(batch):
             with tf.control_dependencies(gradients[-1] if gradients else []):
@@ -214,7 +221,7 @@ class BYOL(keras.Model):
 
     def test_step(self, batch):
         """The same loss on held-out views, for `evaluate`; both networks in inference mode."""
-        batch = self._views(batch)
+        batch = unpack_views(batch, self.augment)
         target_projections = self._target_projections(batch, training=False)
         self._update_means(self._loss_logs(batch, target_projections, training=False))
         return self._mean_logs()
@@ -223,6 +230,13 @@ class BYOL(keras.Model):
         """The parts of a batch whose gradients are averaged, in a list."""
         if self.accumulation_steps == 1:
             return [batch]
+        size = batch["view1"].shape[0]
+        if size is None or size % self.accumulation_steps:
+            raise ValueError(
+                f"A batch of {size} images on each replica does not divide by "
+                f"accumulation_steps={self.accumulation_steps}: choose another size, and make the "
+                "data set with drop_remainder=True, so that all its batches have it."
+            )
         parts = {key: tf.split(value, self.accumulation_steps) for key, value in batch.items()}
         return [dict(zip(parts, values)) for values in zip(*parts.values())]
 
@@ -264,15 +278,12 @@ class BYOL(keras.Model):
                 + contrastive_loss(prediction2, target2, target1, self.temperature)
             )
         if self.classifier is not None:
-            classifier_logs = self._classify(representation1, batch["label"])
-            loss += classifier_logs["classifier_loss"]
-            logs.update(classifier_logs)
+            # The representation gets no gradient of it.
+            logits = self.classifier(tf.stop_gradient(representation1))
+            classifier_loss, accuracy = loss_and_accuracy(logits, batch["label"])
+            loss += classifier_loss
+            logs.update(classifier_loss=classifier_loss, classifier_accuracy=accuracy)
         return {"loss": loss, **logs}
-
-    def _views(self, batch):
-        """The dict of views from what `fit` hands over, augmented where that is done here."""
-        batch, _, _ = keras.utils.unpack_x_y_sample_weight(batch)
-        return batch if self.augment is None else self.augment(batch)
 
     def _update_means(self, logs):
         for key, mean in self._means.items():
@@ -280,18 +291,6 @@ class BYOL(keras.Model):
 
     def _mean_logs(self):
         return {key: mean.result() for key, mean in self._means.items()}
-
-    def _classify(self, representation, labels):
-        """Loss and accuracy of the linear classifier; the representation gets no gradient."""
-        logits = self.classifier(tf.stop_gradient(representation))
-        known = tf.cast(labels >= 0, tf.float32)  # -1: an image without label
-        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(tf.maximum(labels, 0), logits)
-        correct = tf.cast(tf.equal(tf.argmax(logits, -1), tf.cast(labels, tf.int64)), tf.float32)
-        count = tf.reduce_sum(known)
-        return {
-            "classifier_loss": tf.math.divide_no_nan(tf.reduce_sum(losses * known), count),
-            "classifier_accuracy": tf.math.divide_no_nan(tf.reduce_sum(correct), count),
-        }
 
     def call(self, images, training=False):
         """The representation of images: float [B, H, W, C] -> [B, D]."""

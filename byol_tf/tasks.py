@@ -90,6 +90,11 @@ def import_deepmind():
     """Makes a run of a checkpoint of DeepMind's; see `deepmind.import_deepmind`."""
     if not FLAGS.checkpoint:
         raise UserError("--task=import_deepmind needs --checkpoint=FILE.")
+    if FLAGS.method == "supervised":
+        raise UserError(
+            "--method=supervised: --task=import_deepmind takes a BYOL run over: leave the flag out "
+            "and give it to --task=pretrain in that --workdir."
+        )
     checkpoint = deepmind.load_deepmind(FLAGS.checkpoint)
     found = deepmind.architecture(checkpoint)
     num_classes = found.pop("num_classes")
@@ -129,7 +134,7 @@ def pretrain():
         _folder(),
         log_every=FLAGS.log_every,
         batch_size=FLAGS.batch_size,
-        target_update=target_update,
+        target_update=target_update if FLAGS.target_network else None,
         manager=manager,
     )
     callbacks = [target_update, watch, training.Checkpoints(manager, FLAGS.checkpoint_every)]
@@ -164,11 +169,21 @@ def _resumed_model(source, total_steps, warmup_steps):
     build_optimizer(model.optimizer, model.trainable_variables)
     manager = _checkpoints(tf.train.Checkpoint(model=model))
     if manager.latest_checkpoint:
-        logging.info("resuming from %s", manager.latest_checkpoint)
-        _check_classes(manager.latest_checkpoint, num_classes)
-        status = manager.checkpoint.restore(manager.latest_checkpoint)
-        status.assert_existing_objects_matched()
+        _restore(model, manager, num_classes)
     return model, manager
+
+
+def _restore(model, manager, num_classes):
+    """Puts the last checkpoint into the model: all of it, or of an imported run the encoder."""
+    latest = manager.latest_checkpoint
+    saved = tf.train.load_checkpoint(latest).get_variable_to_shape_map()
+    if FLAGS.method == "supervised" and any(n.startswith("model/online_projector/") for n in saved):
+        logging.info("fine-tuning the encoder of %s", latest)
+        _restore_encoder(model.online_encoder)
+        return
+    logging.info("resuming from %s", latest)
+    _check_classes(saved, num_classes)
+    manager.checkpoint.restore(latest).assert_existing_objects_matched()
 
 
 def _batches_from(source, step):
@@ -185,9 +200,8 @@ def _batches_from(source, step):
     )
 
 
-def _check_classes(checkpoint, num_classes):
-    """Refuses a checkpoint whose classifier has other classes than the data set."""
-    shapes = tf.train.load_checkpoint(checkpoint).get_variable_to_shape_map()
+def _check_classes(shapes, num_classes):
+    """Refuses a checkpoint, of these shapes, whose classifier has other classes than the data."""
     bias = shapes.get("model/classifier/bias/.ATTRIBUTES/VARIABLE_VALUE")
     if bias and num_classes and bias != [num_classes]:
         raise UserError(
@@ -315,10 +329,15 @@ def _trained_encoder():
     """The online encoder of the last checkpoint, in float32."""
     with _policy("float32"):
         encoder = _encoder()
+    _restore_encoder(encoder)
+    return encoder
+
+
+def _restore_encoder(encoder):
+    """Puts the online encoder of the last checkpoint into this one."""
     online = tf.train.Checkpoint(model=tf.train.Checkpoint(online_encoder=encoder))
     status = online.restore(_checkpoints().latest_checkpoint)
     status.assert_existing_objects_matched().expect_partial()
-    return encoder
 
 
 def _random_encoder():

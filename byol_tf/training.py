@@ -9,7 +9,7 @@ from absl import logging
 from byol_tf.keras_api import keras
 
 # Of the normalised projections, 1 on a uniform sphere. Healthy runs stay far above.
-_COLLAPSED_STD = 0.05
+COLLAPSED_STD = 0.05
 
 
 class TrainingDiverged(RuntimeError):
@@ -105,7 +105,7 @@ class Watch(keras.callbacks.Callback):
       workdir: folder of metrics.jsonl and tensorboard/.
       log_every: steps between two lines.
       batch_size: global, in images.
-      target_update: a `TargetNetworkUpdate`, to log its tau, or None.
+      target_update: a `TargetNetworkUpdate`, to log its tau, or None without target network.
       manager: a `tf.train.CheckpointManager`, to name the last checkpoint in an error.
     """
 
@@ -191,7 +191,7 @@ class Watch(keras.callbacks.Callback):
             self._look_for_collapse(figures["projection_std"])
 
     def _look_for_collapse(self, projection_std):
-        collapsed = projection_std < _COLLAPSED_STD
+        collapsed = projection_std < COLLAPSED_STD
         if collapsed and not self._collapsed:
             logging.warning(
                 "COLLAPSE at step %d: all images get the same projection (projection_std "

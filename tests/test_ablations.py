@@ -13,7 +13,36 @@ from byol_tf.data import augment
 from byol_tf.keras_api import keras
 from byol_tf.model import contrastive_loss
 
-FLAG_FILES = sorted((pathlib.Path(__file__).parent.parent / "flags" / "ablation").glob("*.flags"))
+FLAG_FILES = pathlib.Path(__file__).parent.parent / "flags" / "ablation"
+# What each file states, on top of a batch of 6 in 3 parts.
+CHANGES = {
+    "tau_0": {"base_target_ema": 0.0, "constant_target_ema": True},
+    **{f"tau_{tau:g}": {"base_target_ema": tau} for tau in (0.9, 0.99, 0.999, 1.0)},
+    **{
+        f"batch_{4096 // parts}": {"batch_size": 4096, "accumulation_steps": parts}
+        for parts in (1, 2, 4, 8, 16, 32, 64)
+    },
+    "no_predictor": {"predictor": False},
+    "no_target": {"target_network": False},
+    "no_predictor_no_target": {"predictor": False, "target_network": False},
+    "beta_1": {"contrastive_weight": 1.0},
+    "beta_1_no_predictor": {"contrastive_weight": 1.0, "predictor": False},
+    "beta_1_no_target": {"contrastive_weight": 1.0, "target_network": False},
+    "simclr": {"contrastive_weight": 1.0, "predictor": False, "target_network": False},
+    **{
+        f"augmentation_{name}": {"augmentation": name}
+        for name in augment.AUGMENTATIONS
+        if name != "paper"
+    },
+    **{
+        f"{head}_depth_{n}": {f"{head}_depth": n}
+        for head in ("projector", "predictor")
+        for n in (1, 3)
+    },
+    **{f"projection_{n}": {"projector_output_size": n} for n in (16, 32, 64, 128, 512)},
+    "weight_decay_0": {"weight_decay": 0.0},
+    "supervised": {"method": "supervised"},
+}
 
 
 def unit(x):
@@ -24,16 +53,18 @@ def random(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def batches(steps=3, size=16):
+def batches(steps=3, size=16, order=range(16)):
+    """Batches of always the same images, those of each batch in this order."""
+    rows = (np.arange(steps)[:, None] * size + np.array(order)).ravel()
     data = {
-        "view1": random(steps * size, 16, 16, 3),
-        "view2": random(steps * size, 16, 16, 3, seed=1),
-        "label": np.arange(steps * size) % 4,
+        "view1": random(steps * size, 16, 16, 3)[rows],
+        "view2": random(steps * size, 16, 16, 3, seed=1)[rows],
+        "label": rows % 4,
     }
     return tf.data.Dataset.from_tensor_slices(data).batch(size, drop_remainder=True)
 
 
-def trained(encoder, strategy=None, freeze=False, **kwargs):
+def trained(encoder, strategy=None, freeze=False, data=None, **kwargs):
     """All online and target weights after three steps from always the same start."""
     strategy = strategy or tf.distribute.get_strategy()
     with strategy.scope():
@@ -54,7 +85,7 @@ def trained(encoder, strategy=None, freeze=False, **kwargs):
     for weight in model.online_weights + model.target_weights:
         value = rng.normal(size=weight.shape) * 0.3
         weight.assign(np.abs(value) + 0.5 if "variance" in weight.name else value)
-    model.fit(batches(), callbacks=[byol_tf.TargetNetworkUpdate(0.5)], verbose=0)
+    model.fit(data or batches(), callbacks=[byol_tf.TargetNetworkUpdate(0.5)], verbose=0)
     return [weight.numpy() for weight in model.online_weights + model.target_weights]
 
 
@@ -81,16 +112,74 @@ def test_accumulation_on_two_replicas(tiny_encoder, mirrored):
     assert_same(one, trained(tiny_encoder, mirrored, freeze=True, accumulation_steps=2))
 
 
-def test_negative_pairs_against_numpy():
-    prediction, same, other = (random(5, 6, seed=i) for i in range(3))
+def test_accumulation_shares_statistics_across_replicas(tiny_encoder, mirrored):
+    """A part is the same part of both replicas' halves: one replica that takes the images in
+    that order does the same."""
+    order = [*range(4), *range(8, 12), *range(4, 8), *range(12, 16)]
+    one = trained(tiny_encoder, data=batches(order=order), accumulation_steps=2)
+    assert_same(one, trained(tiny_encoder, mirrored, accumulation_steps=2), rtol=2e-3)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"accumulation_steps": 0}, {"projector_depth": 0}, {"predictor_depth": -1}]
+)
+def test_what_cannot_be_built(tiny_encoder, wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}="):
+        byol_tf.BYOL(tiny_encoder(), projector_hidden_size=8, projector_output_size=4, **wrong)
+
+
+def test_a_batch_must_divide_by_the_accumulation_steps(tiny_encoder):
+    with pytest.raises(ValueError, match="batch of 16 images .* accumulation_steps=3"):
+        trained(tiny_encoder, accumulation_steps=3)
+    with pytest.raises(ValueError, match="drop_remainder=True"):
+        trained(tiny_encoder, accumulation_steps=2, data=batches().unbatch().batch(16))
+
+
+def numpy_negatives(prediction, same, other, temperature):
     p, s, o = unit(prediction), unit(same), unit(other)
-    expected = []
-    for i in range(5):
-        total = sum(np.exp(p[i] @ s[j] / 0.3) for j in range(5) if j != i)
-        total += sum(np.exp(p[i] @ o[j] / 0.3) for j in range(5))
-        expected.append(2 * 0.3 * np.log(total))
-    found = contrastive_loss(*map(tf.constant, (prediction, same, other)), temperature=0.3)
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    losses = []
+    for i in range(len(p)):
+        total = sum(np.exp(p[i] @ s[j] / temperature) for j in range(len(p)) if j != i)
+        total += sum(np.exp(p[i] @ o[j] / temperature) for j in range(len(p)))
+        losses.append(2 * temperature * np.log(total))
+    return losses
+
+
+def test_negative_pairs_against_numpy():
+    vectors = [random(5, 6, seed=i) for i in range(3)]
+    found = contrastive_loss(*map(tf.constant, vectors), temperature=0.3)
+    np.testing.assert_allclose(found, numpy_negatives(*vectors, 0.3), rtol=1e-5)
+
+
+@pytest.mark.parametrize("use_predictor", [True, False])
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_table_5b_against_numpy(tiny_encoder, use_predictor, beta):
+    """With a target network: the loss with and without predictor, at a beta of equation 8."""
+    model = byol_tf.BYOL(
+        tiny_encoder(),
+        projector_hidden_size=16,
+        projector_output_size=8,
+        random_target=True,
+        use_predictor=use_predictor,
+        contrastive_weight=beta,
+        temperature=0.3,
+    )
+    model.compile(optimizer="sgd")
+    (data,) = batches(steps=1)
+    online, target = [], []
+    for view in (data["view1"], data["view2"]):
+        z = model.online_projector(model.online_encoder(view, training=True), training=True)
+        online.append(model.predictor(z, training=True) if use_predictor else z)
+        z = model.target_encoder(view, training=True)
+        target.append(model.target_projector(z, training=True))
+    online, target = np.array(online), np.array(target)
+    prediction = ((unit(online) - unit(target[::-1])) ** 2).sum(-1).mean(-1).sum()
+    negatives = sum(
+        np.mean(numpy_negatives(online[v], target[v], target[1 - v], 0.3)) for v in (0, 1)
+    )
+    logs = model.train_on_batch(data, return_dict=True)
+    assert logs["prediction_loss"] == pytest.approx(prediction, rel=1e-4)
+    assert logs["loss"] == pytest.approx(prediction + beta * negatives, rel=1e-4)
 
 
 def test_simclr_is_nt_xent(tiny_encoder):
@@ -178,20 +267,18 @@ def test_depths():
 
 def test_augmentation_sets():
     """What figure 3b takes away is gone, and the rest is the paper's."""
-    paper = augment.AUGMENTATIONS["paper"]
-    fields = ("jitter", "grayscale", "blur", "solarize")
+    fields = ("flip", "jitter", "grayscale", "blur", "solarize")
     expected = {
-        "paper": [(0.8, 0.2, 1.0, 0.0), (0.8, 0.2, 0.1, 0.2)],
-        "no_grayscale": [(0.8, 0.0, 1.0, 0.0), (0.8, 0.0, 0.1, 0.2)],
-        "no_color": [(0.0, 0.0, 1.0, 0.0), (0.0, 0.0, 0.1, 0.2)],
-        "crop_blur": [(0.0, 0.0, 1.0, 0.0), (0.0, 0.0, 0.1, 0.0)],
-        "crop": [(0.0, 0.0, 0.0, 0.0)] * 2,
+        "paper": [(0.5, 0.8, 0.2, 1.0, 0.0), (0.5, 0.8, 0.2, 0.1, 0.2)],
+        "no_grayscale": [(0.5, 0.8, 0.0, 1.0, 0.0), (0.5, 0.8, 0.0, 0.1, 0.2)],
+        "no_color": [(0.5, 0.0, 0.0, 1.0, 0.0), (0.5, 0.0, 0.0, 0.1, 0.2)],
+        "crop_blur": [(0.0, 0.0, 0.0, 1.0, 0.0), (0.0, 0.0, 0.0, 0.1, 0.0)],
+        "crop": [(0.0, 0.0, 0.0, 0.0, 0.0)] * 2,
     }
     assert set(augment.AUGMENTATIONS) == set(expected)
     for name, views in augment.AUGMENTATIONS.items():
         found = [tuple(getattr(v, f"{f}_probability") for f in fields) for v in views]
         assert found == expected[name]
-        assert all(v.flip_probability == p.flip_probability for v, p in zip(views, paper))
 
 
 def test_supervised_learns_from_labels(tiny_encoder):
@@ -207,20 +294,73 @@ def test_supervised_learns_from_labels(tiny_encoder):
     assert np.abs(model.online_encoder.get_weights()[0] - before).max() > 1e-2
 
 
-@pytest.mark.parametrize("path", FLAG_FILES, ids=lambda path: path.stem)
-def test_flag_files(path):
-    """Every file of flags/ablation is understood, and changes a flag of this project."""
+def supervised_weights(encoder, data, strategy=None):
+    """What a supervised model has learned from the batches, from always the same start."""
+    strategy = strategy or tf.distribute.get_strategy()
+    with strategy.scope():
+        keras.utils.set_random_seed(3)
+        model = byol_tf.Supervised(encoder(strategy.num_replicas_in_sync > 1), num_classes=4)
+        model.compile(optimizer=keras.optimizers.SGD(0.2))
+    model.fit(data, verbose=0)
+    return [weight.numpy() for weight in model.online_weights]
+
+
+def test_supervised_on_two_replicas(tiny_encoder, mirrored):
+    one = supervised_weights(tiny_encoder, batches())
+    assert_same(one, supervised_weights(tiny_encoder, batches(), mirrored))
+
+
+def test_supervised_images_without_label_do_not_count(tiny_encoder):
+    """The same images twice, the second time without label; batch norm sees no difference."""
+    (data,) = batches(steps=1)
+    twice = {key: tf.concat([value[:8]] * 2, 0) for key, value in data.items()}
+    half = {**twice, "label": tf.concat([twice["label"][:8], tf.fill([8], np.int64(-1))], 0)}
+    one, other = (
+        supervised_weights(tiny_encoder, tf.data.Dataset.from_tensors(d)) for d in (twice, half)
+    )
+    assert_same(one, other)
+
+
+def test_supervised_evaluates_what_fit_takes(tiny_encoder):
+    """Tuples of (views, ...) too, and in inference mode; a missing label counts nowhere."""
+    model = byol_tf.Supervised(tiny_encoder(), num_classes=4)
+    model.compile(optimizer="sgd")
+    (data,) = batches(steps=1)
+    labels = np.where(np.arange(16) < 4, -1, data["label"])
+    dataset = tf.data.Dataset.from_tensors(({**data, "label": labels}, np.zeros(16)))
+    before = [weight.numpy() for weight in model.online_weights]
+    logs = model.evaluate(dataset, verbose=0, return_dict=True)
+    for weight, value in zip(model.online_weights, before):
+        np.testing.assert_array_equal(weight, value)
+    logits = np.concatenate([model(data[view])[4:] for view in ("view1", "view2")])
+    labels = np.tile(labels[4:], 2)
+    losses = np.log(np.exp(logits).sum(-1)) - logits[np.arange(24), labels]
+    assert logs["loss"] == pytest.approx(losses.mean(), rel=1e-5)
+    assert logs["accuracy"] == pytest.approx((logits.argmax(-1) == labels).mean())
+    model.fit(dataset, verbose=0)
+    assert np.abs(model.online_weights[0] - before[0]).max() > 0
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_flag_files(name):
+    """Every file of flags/ablation changes what it says, and nothing else."""
     values = flags.FlagValues()
     for module in config.MODULES:
         for flag in flags.FLAGS.get_flags_for_module(module.__name__):
             values[flag.name] = flag
-    defaults = {name: values[name].default for name in values}
-    values(["main.py", f"--flagfile={path}"])
-    changed = {name for name in values if values[name].value != defaults[name]}
+    given = ["main.py", "--batch_size=6", "--accumulation_steps=3"]
+    values(given)
+    before = values.flag_values_dict()
+    values([*given, f"--flagfile={FLAG_FILES / name}.flags"])
+    after = values.flag_values_dict()
     values.unparse_flags()
-    for name in values:
-        values[name].unparse()
-    assert changed or path.stem == "batch_4096"  # the paper's
+    for flag in values:
+        values[flag].unparse()
+    assert {flag: after[flag] for flag in after if after[flag] != before[flag]} == CHANGES[name]
+
+
+def test_no_flag_file_is_unknown():
+    assert {path.stem for path in FLAG_FILES.glob("*.flags")} == set(CHANGES)
 
 
 def test_flags_offer_what_the_modules_know():

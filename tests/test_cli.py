@@ -133,6 +133,24 @@ def test_resumed_is_uninterrupted(main, finished, tmp_path):
     assert results(workdir)["weights_sha256"] != stopped["weights_sha256"]
 
 
+@pytest.mark.slow
+def test_accumulation_resumes(main, images, tmp_path):
+    """SimCLR in two parts of the batch: stopped and started again it is the same."""
+    simclr = f"--flagfile={ROOT / 'flags/ablation/simclr.flags'}"
+    flags = [*TINY, f"--data_dir={images}", simclr, "--accumulation_steps=2", "--epochs=1"]
+    flags += ["--warmup_epochs=0", "--deterministic", "--task=pretrain"]
+    workdir = tmp_path / "twice"
+    succeed(main(*flags, f"--workdir={tmp_path / 'once'}"))
+    succeed(main(*flags, f"--workdir={workdir}", "--max_steps=1"))
+    stopped = results(workdir)["weights_sha256"]
+    succeed(main(f"--workdir={workdir}", "--task=pretrain"))
+    expected = results(tmp_path / "once")["weights_sha256"]
+    assert results(workdir)["weights_sha256"] == expected != stopped
+    (line,) = (tmp_path / "once" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line)["loss"] > json.loads(line)["prediction_loss"]
+    assert "target_ema" not in line  # there is no target
+
+
 def test_later_tasks(main, finished, images, tmp_path):
     """k-NN again, and embeddings, which are those of the exported model."""
     workdir = tmp_path / "run"

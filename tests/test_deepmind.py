@@ -1,5 +1,6 @@
 """Checkpoints of DeepMind's: read safely, imported whole, and gone on from."""
 
+import functools
 import json
 import pathlib
 import pickle
@@ -14,8 +15,8 @@ import tensorflow as tf
 
 import byol_tf
 from byol_tf import deepmind
-from byol_tf.keras_api import keras
-from byol_tf.resnet import mlp, resnet
+from byol_tf.classifier import linear_classifier
+from byol_tf.resnet import BLOCKS_PER_GROUP, mlp, resnet
 
 TINY = pathlib.Path(__file__).parent / "reference" / "pretrain_tiny.pkl"
 MAIN = pathlib.Path(__file__).parent.parent / "main.py"
@@ -45,13 +46,17 @@ def test_import_of_the_references_own_file():
     online, momentum = state["online_params"], state["opt_state"][1]["mu"]
     kernel = model.online_encoder.get_layer("group2_block0_1_conv").kernel
     np.testing.assert_array_equal(kernel, online[block + "conv_1"]["w"])
-    index = [variable is kernel for variable in model.trainable_variables].index(True)
-    np.testing.assert_array_equal(model.optimizer.momentums[index], momentum[block + "conv_1"]["w"])
+    np.testing.assert_array_equal(momentum_of(model, kernel), momentum[block + "conv_1"]["w"])
     target = model.target_projector.get_layer("target_projector_bn")
     average = state["target_state"]["projector/batch_norm/~/var_ema"]["average"]
     np.testing.assert_array_equal(target.moving_variance, average.reshape(-1))
     np.testing.assert_array_equal(model.classifier.kernel, online["classifier"]["w"])
     assert int(model.optimizer.iterations) == checkpoint["step"] == 30
+
+
+def momentum_of(model, weight):
+    index = [variable is weight for variable in model.trainable_variables].index(True)
+    return model.optimizer.momentums[index]
 
 
 def test_classifier_of_other_classes_starts_anew():
@@ -73,22 +78,26 @@ def test_another_architecture_is_refused_and_nothing_changes():
         deepmind.architecture(byol_tf.load_deepmind(TINY))
 
 
-def synthetic(name, width, hidden=16, output=8, num_classes=5, seed=0):
-    """Random parameters and state of one network, by haiku's names and in its shapes."""
+@functools.cache
+def shapes(name, width):
+    """The shapes of one network's variables, by our names."""
     encoder = byol_tf.resnet_encoder(name, width_multiplier=width)
     embedding_size = encoder.output_shape[-1]
-    classifier = keras.layers.Dense(num_classes, name="classifier")
-    classifier.build((None, embedding_size))
     heads = [
-        mlp("online_projector", embedding_size, [hidden, output]),
-        mlp("predictor", output, [hidden, output]),
-        classifier,
+        mlp("online_projector", embedding_size, [16, 8]),
+        mlp("predictor", 8, [16, 8]),
+        linear_classifier(embedding_size, num_classes=5),
     ]
+    variables = deepmind._variables(encoder, *heads)
+    return {key: tuple(variable.shape) for key, variable in variables.items()}
+
+
+def synthetic(name, width, stem_suffix="", seed=0):
+    """Random parameters and state of one network, by haiku's names and in its shapes."""
     rng = np.random.default_rng(seed)
     params, state = {}, {}
-    variables = deepmind._variables(encoder, *heads)
-    for (layer, weight), variable in variables.items():
-        module, shape = haiku_name(name, layer), tuple(variable.shape)
+    for (layer, weight), shape in shapes(name, width).items():
+        module = haiku_name(name, layer, stem_suffix)
         array = rng.uniform(0.1, 1.0, shape).astype(np.float32)
         wide = array.reshape((1,) * (3 if "block" in module or "initial" in module else 1) + shape)
         if weight in ("gamma", "beta"):
@@ -98,11 +107,12 @@ def synthetic(name, width, hidden=16, output=8, num_classes=5, seed=0):
         else:
             ema = {"moving_mean": "mean_ema", "moving_variance": "var_ema"}[weight]
             counter = np.array(9, np.int32)
+            module = haiku_name(name, layer)  # the state without the suffix
             state[f"{module}/~/{ema}"] = {"average": wide, "hidden": wide, "counter": counter}
     return params, state
 
 
-def haiku_name(encoder, layer):
+def haiku_name(encoder, layer, stem_suffix=""):
     if layer == "classifier":
         return layer
     head, _, kind = layer.rpartition("_")
@@ -111,7 +121,7 @@ def haiku_name(encoder, layer):
     kind = {"conv": "conv", "bn": "batchnorm"}[kind]
     prefix = f"{encoder.replace('resnet', 'res_net')}/~/"
     if head == "stem":
-        return f"{prefix}initial_{kind}"
+        return f"{prefix}initial_{kind}{stem_suffix}"
     group, block, which = head.split("_")
     scope = f"{prefix}block_group_{group[-1]}/~/block_{block.removeprefix('block')}/~/"
     return scope + (f"shortcut_{kind}" if which == "shortcut" else f"{kind}_{which}")
@@ -149,9 +159,11 @@ def reference_classes(monkeypatch):
     return classes
 
 
-def write_synthetic(path, classes, name, width, step=7):
-    online, online_state = synthetic(name, width)
-    target, target_state = synthetic(name, width, seed=1)
+def write_synthetic(path, classes, name, width, stem_suffix=""):
+    """Writes a checkpoint of step 7, whose momentum is minus the weights; returns what it holds."""
+    online, online_state = synthetic(name, width, stem_suffix)
+    target, target_state = synthetic(name, width, stem_suffix, seed=1)
+    momentum = {m: {k: -array for k, array in group.items()} for m, group in online.items()}
     flat = classes["FlatMapping"]
     state = classes["_ByolExperimentState"](
         flat(online),
@@ -160,27 +172,62 @@ def write_synthetic(path, classes, name, width, step=7):
         flat(target_state),
         (
             classes["AddWeightDecayState"](),
-            classes["ScaleByLarsState"](flat(online)),
+            classes["ScaleByLarsState"](flat(momentum)),
             classes["EmptyState"](),
         ),
     )
-    checkpoint = {"experiment_state": state, "step": step, "rng": np.zeros(2, np.uint32)}
+    checkpoint = {"experiment_state": state, "step": 7, "rng": np.zeros(2, np.uint32)}
     path.write_bytes(pickle.dumps(checkpoint, protocol=2))
-    return online
+    return online, online_state, target, target_state
 
 
-@pytest.mark.parametrize("name", ["resnet34", "resnet50", "resnet200"])
-def test_architecture_is_found(name):
-    params, _ = synthetic(name, 1 / 32)
-    found = deepmind.architecture({"experiment_state": {"online_params": params}})
-    assert found == {
-        "encoder": name,
-        "width_multiplier": 1 / 32,
-        "stem": "imagenet",
-        "projector_hidden_size": 16,
-        "projector_output_size": 8,
-        "num_classes": 5,
-    }
+@pytest.mark.parametrize(
+    "name, width, stem_suffix",
+    [("resnet34", 1 / 32, ""), ("resnet50", 1 / 16, "_1"), ("resnet200", 1 / 32, "_1")],
+)
+def test_import_of_made_up_files(tmp_path, reference_classes, name, width, stem_suffix):
+    """From the file to the model, where the published ones may name the stem with _1."""
+    file = tmp_path / "pretrain.pkl"
+    online, online_state, target, target_state = write_synthetic(
+        file, reference_classes, name, width, stem_suffix
+    )
+    checkpoint = byol_tf.load_deepmind(file)
+    found = deepmind.architecture(checkpoint)
+    sizes = {"projector_hidden_size": 16, "projector_output_size": 8, "num_classes": 5}
+    assert found == {"encoder": name, "width_multiplier": width, "stem": "imagenet", **sizes}
+    encoder = byol_tf.resnet_encoder(name, width_multiplier=width)
+    model = byol_tf.BYOL(encoder, random_target=True, **sizes)
+    model.compile(byol_tf.LARS(0.1))
+    byol_tf.import_deepmind(model, checkpoint)
+    last = BLOCKS_PER_GROUP[name][2] - 1
+    for layer in ("stem", "group0_block0_1", f"group2_block{last}_0", "group3_block0_shortcut"):
+        conv, bn = f"{layer}_conv", f"{layer}_bn"
+        for network, params, state in (
+            (model.online_encoder, online, online_state),
+            (model.target_encoder, target, target_state),
+        ):
+            kernel = params[haiku_name(name, conv, stem_suffix)]["w"]
+            np.testing.assert_array_equal(network.get_layer(conv).kernel, kernel)
+            variance = state[f"{haiku_name(name, bn)}/~/var_ema"]["average"]
+            moving = network.get_layer(bn).moving_variance
+            np.testing.assert_array_equal(moving, variance.reshape(-1))
+        np.testing.assert_array_equal(
+            momentum_of(model, encoder.get_layer(conv).kernel),
+            -online[haiku_name(name, conv, stem_suffix)]["w"],
+        )
+
+
+def test_an_odd_tree_takes_one_line():
+    params, _ = synthetic("resnet18", 1 / 16)
+    for spoil, message in (
+        (lambda: params.pop("classifier"), "no classifier.kernel"),
+        (lambda: params.update(classifier=3), "no array at classifier,"),
+        (lambda: params.update(classifier={"w": None}), "no array at classifier/w"),
+        (params.clear, "none of resnet18"),
+    ):
+        spoil()
+        with pytest.raises(byol_tf.UserError, match=message):
+            deepmind.architecture({"experiment_state": {"online_params": params}})
 
 
 def run_main(workdir, *arguments):
@@ -191,7 +238,7 @@ def run_main(workdir, *arguments):
 def test_command_line(tmp_path, reference_classes):
     """Import, then evaluation, export and further pretraining; a conflict takes one line."""
     file, workdir = tmp_path / "pretrain.pkl", tmp_path / "run"
-    online = write_synthetic(file, reference_classes, "resnet18", 1 / 16)
+    online, *_ = write_synthetic(file, reference_classes, "resnet18", 1 / 16)
     task = ["--task=import_deepmind", f"--checkpoint={file}"]
     done = run_main(workdir, *task, "--encoder=resnet50")
     assert done.returncode == 1
@@ -201,23 +248,58 @@ def test_command_line(tmp_path, reference_classes):
     assert "--encoder=resnet18" in (workdir / "flags.txt").read_text()
     data = "--dataset=image_folder", f"--data_dir={folder_of_images(tmp_path)}", "--image_size=32"
     splits = "--train_split=train", "--eval_split=train"
-    done = run_main(workdir, "--task=knn,export", *data, *splits)
+    done = run_main(workdir, "--task=knn,linear_eval,export", *data, *splits)
     assert done.returncode == 0, done.stderr
     assert (workdir / "saved_model").is_dir()
-    assert "knn_top1" in json.loads((workdir / "results.json").read_text())
+    results = json.loads((workdir / "results.json").read_text())
+    assert {"knn_top1", "linear_top1"} <= results.keys()
     rate_zero = "--batch_size=8", "--epochs=1", "--base_learning_rate=0"
     done = run_main(workdir, "--task=pretrain", *rate_zero, *data, *splits)
     assert done.returncode == 0, done.stderr
     results = json.loads((workdir / "results.json").read_text())
     assert "knn_top1" not in results  # that was of other weights
     assert (results["imported_step"], results["steps"]) == (7, 2)
-    latest = tf.train.latest_checkpoint(str(workdir / "checkpoints"))
-    encoder = byol_tf.resnet_encoder("resnet18", width_multiplier=1 / 16)
-    restored = tf.train.Checkpoint(model=tf.train.Checkpoint(online_encoder=encoder))
-    restored.restore(latest).expect_partial()
-    kernel = encoder.get_layer("group3_block1_1_conv").kernel
+    kernel = restored_encoder(workdir).get_layer("group3_block1_1_conv").kernel
     name = haiku_name("resnet18", "group3_block1_1_conv")
     np.testing.assert_array_equal(kernel, online[name]["w"])
+
+
+def test_fine_tuning_on_the_command_line(tmp_path, reference_classes):
+    """A supervised run starts from the imported encoder, and then from its own checkpoints."""
+    file, workdir = tmp_path / "pretrain.pkl", tmp_path / "run"
+    online, *_ = write_synthetic(file, reference_classes, "resnet18", 1 / 16)
+    task = ["--task=import_deepmind", f"--checkpoint={file}", "--keep_step"]
+    refused = run_main(workdir, *task, "--method=supervised")
+    assert refused.returncode == 1
+    assert refused.stderr.splitlines()[-1].startswith("error: --method=supervised:")
+    assert run_main(workdir, *task).returncode == 0
+    assert latest_checkpoint(workdir).endswith("-7")
+    data = "--dataset=image_folder", f"--data_dir={folder_of_images(tmp_path)}", "--image_size=32"
+    tune = "--task=pretrain", "--method=supervised", "--batch_size=8", "--epochs=1"
+    still = "--base_learning_rate=0", "--weight_decay=0", "--warmup_epochs=0"
+    done = run_main(workdir, *tune, *still, *data, "--max_steps=1")
+    assert done.returncode == 0, done.stderr
+    assert "fine-tuning the encoder" in done.stderr
+    done = run_main(workdir, "--task=pretrain")
+    assert done.returncode == 0, done.stderr
+    assert "resuming from" in done.stderr
+    assert latest_checkpoint(workdir).endswith("-2")
+    np.testing.assert_array_equal(
+        restored_encoder(workdir).get_layer("group3_block1_1_conv").kernel,
+        online[haiku_name("resnet18", "group3_block1_1_conv")]["w"],
+    )
+
+
+def latest_checkpoint(workdir):
+    return tf.train.latest_checkpoint(str(workdir / "checkpoints"))
+
+
+def restored_encoder(workdir):
+    """The ResNet-18 of a run's last checkpoint."""
+    encoder = byol_tf.resnet_encoder("resnet18", width_multiplier=1 / 16)
+    restored = tf.train.Checkpoint(model=tf.train.Checkpoint(online_encoder=encoder))
+    restored.restore(latest_checkpoint(workdir)).expect_partial()
+    return encoder
 
 
 def folder_of_images(tmp_path):

@@ -26,7 +26,9 @@ def numpy_lars(weights, gradients, rates, decay):
     return weights
 
 
-def test_lars_follows_the_formula():
+@pytest.mark.parametrize("decay", [0.05, 0.0])
+def test_lars_follows_the_formula(decay):
+    """Without decay a zero gradient of a weight leaves a norm of 0 to divide by."""
     rng = np.random.default_rng(0)
     shapes = [(3, 4), (4,), (2, 2), (3, 3, 2, 2)]
     weights = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
@@ -36,10 +38,10 @@ def test_lars_follows_the_formula():
     schedule = byol_tf.WarmupCosine(3.0, 8, 3)
     rates = [float(schedule(step)) for step in range(8)]
     variables = [tf.Variable(weight) for weight in weights]
-    optimizer = byol_tf.LARS(schedule, weight_decay=0.05)
+    optimizer = byol_tf.LARS(schedule, weight_decay=decay)
     for step in gradients:
         optimizer.apply_gradients(zip(map(tf.constant, step), variables))
-    for variable, expected in zip(variables, numpy_lars(weights, gradients, rates, 0.05)):
+    for variable, expected in zip(variables, numpy_lars(weights, gradients, rates, decay)):
         np.testing.assert_allclose(variable, expected, rtol=2e-5, atol=1e-6)
 
 

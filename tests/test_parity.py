@@ -70,7 +70,7 @@ def test_learning_rate(run):
     schedule = byol_tf.WarmupCosine(base * batch / 256, int(total_steps), int(warmup_steps))
     peak = base * batch / 256
     rates = [float(schedule(step)) for step in arrays[f"lr{run}_step"]]
-    np.testing.assert_allclose(rates, arrays[f"lr{run}"], rtol=1e-5, atol=1e-6 * peak)
+    np.testing.assert_allclose(rates, arrays[f"lr{run}"], rtol=0, atol=1e-6 * peak)
 
 
 @pytest.mark.parametrize("base", [0.97, 0.99, 0.996])
@@ -115,6 +115,72 @@ def test_forward(mode):
     }
     for name, output in outputs.items():
         assert relative_error(output, arrays[f"{mode}_{name}"]) < 5e-5, name
+
+
+class NumpyResNet:
+    """A ResNet v1 of one bottleneck a group in float64, from the weights of ours by layer."""
+
+    def __init__(self, weights, training):
+        self.weights, self.training = weights, training
+
+    def __call__(self, images, stem):
+        if stem == "imagenet":
+            x = relu(self.conv_bn(images, "stem", stride=2))
+            x = windows(x, 3, 2, fill=-np.inf).max((4, 5))
+        else:
+            x = relu(self.conv_bn(images, "stem", stride=1))
+        for group in range(4):
+            x = self.block(x, f"group{group}_block0", stride=1 if group == 0 else 2)
+        return x.mean((1, 2))
+
+    def block(self, x, scope, stride):
+        shortcut = self.conv_bn(x, f"{scope}_shortcut", stride)
+        x = relu(self.conv_bn(x, f"{scope}_0", 1))
+        x = relu(self.conv_bn(x, f"{scope}_1", stride))
+        return relu(self.conv_bn(x, f"{scope}_2", 1) + shortcut)
+
+    def conv_bn(self, x, scope, stride):
+        kernel = self.weights[f"{scope}_conv", "kernel"]
+        x = np.einsum("bhwcij,ijcd->bhwd", windows(x, len(kernel), stride), kernel)
+        gamma, beta, mean, variance = (
+            self.weights[f"{scope}_bn", name]
+            for name in ("gamma", "beta", "moving_mean", "moving_variance")
+        )
+        if self.training:
+            mean, variance = x.mean((0, 1, 2)), x.var((0, 1, 2))
+        return (x - mean) / np.sqrt(variance + 1e-5) * gamma + beta
+
+
+def relu(x):
+    return np.maximum(x, 0)
+
+
+def windows(x, size, stride, fill=0.0):
+    """What a kernel sees at each of its places, [B, H, W, C, size, size]; padded as SAME is."""
+    pads = []
+    for side in x.shape[1:3]:
+        total = max((-(-side // stride) - 1) * stride + size - side, 0)
+        pads.append((total // 2, total - total // 2))
+    x = np.pad(x, ((0, 0), *pads, (0, 0)), constant_values=fill)
+    x = np.lib.stride_tricks.sliding_window_view(x, (size, size), (1, 2))
+    return x[:, ::stride, ::stride]
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("stem", ["imagenet", "small"])
+def test_bottlenecks_against_numpy(stem, training):
+    """The reference's numbers are of basic blocks; an odd size pads unevenly."""
+    encoder = resnet((1, 1, 1, 1), (4, 4, 4, 4), stem_channels=8, bottleneck=True, stem=stem)
+    rng = np.random.default_rng(0)
+    weights = {}
+    for key, variable in deepmind._variables(encoder).items():
+        positive = key[1] in ("gamma", "moving_variance")
+        variable.assign(rng.uniform(0.5 if positive else -0.5, 1.0, variable.shape))
+        weights[key] = variable.numpy().astype(np.float64)
+    images = rng.normal(size=(4, 29, 32, 3))
+    expected = NumpyResNet(weights, training)(images, stem)
+    found = encoder(images.astype(np.float32), training=training)
+    assert relative_error(found, expected) < 1e-5
 
 
 def checkpoint(online, target, online_state, target_state, momentum, step):
@@ -187,9 +253,15 @@ class Losses(keras.callbacks.Callback):
         self.model.stop_training = bool(self.errors[-1].max() > 1e-4)
 
 
+# Batch norm takes a constant away again: these have no gradient but rounding errors, and their
+# norms stay at 8e-8.
+WITHOUT_GRADIENT = ("projector_hidden", "bias"), ("predictor_hidden", "bias")
+
+
 def final_errors(model, arrays):
-    """Relative errors after 30 steps: of the weights and of the running means, per network."""
-    errors = {}
+    """Relative errors after 30 steps: of all weights and of all running means of each network,
+    and of every variable alone."""
+    together, alone = {}, {}
     networks = {
         "online": (model.online_encoder, model.online_projector, model.predictor, model.classifier),
         "target": (model.target_encoder, model.target_projector),
@@ -204,11 +276,13 @@ def final_errors(model, arrays):
             "means": ("moving_mean",),
         }.items():
             keys = [key for key in variables if key[1] in names]
-            errors[network, what] = relative_error(
+            together[network, what] = relative_error(
                 np.concatenate([variables[key].numpy().ravel() for key in keys]),
                 np.concatenate([expected[key].ravel() for key in keys]),
             )
-    return errors
+            for key in set(keys).difference(WITHOUT_GRADIENT):
+                alone[(network, *key)] = relative_error(variables[key], expected[key])
+    return together, alone
 
 
 @pytest.mark.parametrize("replicas", [1, 2])
@@ -218,8 +292,7 @@ def test_trajectory(replicas, mirrored):
     An activation a rounding error away from a ReLU's kink falls on either side of it, and
     the gradient jumps. Float64 and float32 take the same side of one in step 3 and then run
     together; the reference takes the other. So this tries starts that differ by 1e-7,
-    float32's own precision: one must follow the reference through all 30 steps, which no
-    start does if anything real is different.
+    float32's own precision: one must follow the reference through all 30 steps.
     """
     arrays = dict(reference("trajectory_tiny"))
     strategy = mirrored if replicas == 2 else tf.distribute.get_strategy()
@@ -232,13 +305,17 @@ def test_trajectory(replicas, mirrored):
     }
     batches = tf.data.Dataset.from_tensor_slices(steps)
     losses = Losses(arrays)
-    for seed in (29, 18, *range(60)):  # the first two follow on x86 with TensorFlow 2.15
+    for seed in (29, 18, *range(60)):  # which follow depends on the threads; these often do
         deepmind.import_deepmind(model, trajectory_start(arrays, seed))
         model.fit(batches, callbacks=[target_update, losses], verbose=0)
         assert len(losses.errors) > 4  # before that kink every start agrees
         if len(losses.errors) == 30 and np.max(losses.errors) < 1e-4:
             break
-    errors = final_errors(model, arrays)
-    print(f"start {seed}: losses {np.max(losses.errors):.1e}, {errors}")
+    together, alone = final_errors(model, arrays)
+    worst = max(alone, key=alone.get)
+    print(
+        f"start {seed}: losses {np.max(losses.errors):.1e}, {together}; {worst} {alone[worst]:.1e}"
+    )
     assert np.max(losses.errors) < 1e-4
-    assert max(errors.values()) < 1e-3
+    assert max(together.values()) < 1e-3
+    assert alone[worst] < 5e-3, worst

@@ -24,7 +24,8 @@ flags.DEFINE_enum(
     "augmentation",
     "paper",
     ("paper", "no_grayscale", "no_color", "crop_blur", "crop"),
-    "What is done to a view beside crop and flip; the other sets are those of figure 3b.",
+    "What is done to a view beside the crop; the other sets are those of figure 3b, of which "
+    "crop and crop_blur do not flip either.",
 )
 flags.DEFINE_string("embed_split", "all", "Images of --task=embed.")
 flags.DEFINE_string(

@@ -44,14 +44,16 @@ def _without(**probabilities):
     return tuple(dataclasses.replace(view, **probabilities) for view in (VIEW_1, VIEW_2))
 
 
-# Both views of the sets of figure 3b; all of them crop and flip.
+# Both views of the sets of figure 3b. Its last two do not flip: the paper's table of all
+# sets has crop alone (59.4 %) apart from crop and flip (60.1 %).
 _NO_COLOR = {"jitter_probability": 0.0, "grayscale_probability": 0.0}
+_CROP_BLUR = {**_NO_COLOR, "solarize_probability": 0.0, "flip_probability": 0.0}
 AUGMENTATIONS = {
     "paper": (VIEW_1, VIEW_2),
     "no_grayscale": _without(grayscale_probability=0.0),
     "no_color": _without(**_NO_COLOR),
-    "crop_blur": _without(**_NO_COLOR, solarize_probability=0.0),
-    "crop": _without(**_NO_COLOR, solarize_probability=0.0, blur_probability=0.0),
+    "crop_blur": _without(**_CROP_BLUR),
+    "crop": _without(**_CROP_BLUR, blur_probability=0.0),
 }
 
 

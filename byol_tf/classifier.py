@@ -1,0 +1,28 @@
+"""A linear classifier of images of which some may have no label."""
+
+import tensorflow as tf
+
+from byol_tf.keras_api import keras
+from byol_tf.resnet import kernel_initializer
+
+
+def linear_classifier(embedding_size, num_classes):
+    """A built float32 layer from representations [B, embedding_size] to logits."""
+    classifier = keras.layers.Dense(
+        num_classes, kernel_initializer=kernel_initializer(), dtype="float32", name="classifier"
+    )
+    classifier.build((None, embedding_size))
+    return classifier
+
+
+def loss_and_accuracy(logits, labels):
+    """Cross-entropy and accuracy, float32 scalars, of the images that have a label.
+
+    Args: logits: float32 [B, num_classes]. labels: int [B]; -1: an image without label.
+    """
+    known = tf.cast(labels >= 0, tf.float32)
+    losses = tf.nn.sparse_softmax_cross_entropy_with_logits(tf.maximum(labels, 0), logits)
+    correct = tf.cast(tf.equal(tf.argmax(logits, -1), tf.cast(labels, tf.int64)), tf.float32)
+    count = tf.reduce_sum(known)
+    loss = tf.math.divide_no_nan(tf.reduce_sum(losses * known), count)
+    return loss, tf.math.divide_no_nan(tf.reduce_sum(correct), count)

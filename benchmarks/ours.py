@@ -51,8 +51,62 @@ def _taking(dataset, batches, batch_size):
     return do_round
 
 
-def step(encoder, stem, image_size, batch_size, precision, steps, strategy=None, threads=0):
-    """Training steps by `model.fit`, its callback included, on one batch in memory.
+def step(steps, **how):
+    """Training steps by `model.fit`, its callback included; `how`: see `_training`."""
+    model, batch, update = _training(**how)
+
+    def do_round():
+        model.fit(batch, steps_per_epoch=steps, callbacks=[update], verbose=0)
+        return steps
+
+    return do_round
+
+
+def compiled_step(steps, **how):
+    """Only the compiled function that `fit` calls: neither loop nor callback."""
+    model, batch, update = _training(**how)
+    model.fit(batch, steps_per_epoch=1, callbacks=[update], verbose=0)
+    batches = iter(batch)
+
+    def do_round():
+        for _ in range(steps):
+            logs = model.train_function(batches)
+        logs["loss"].numpy()  # awaits the last
+        return steps
+
+    return do_round
+
+
+def target_update(steps, **how):
+    """Only what the callback does."""
+    model, batch, update = _training(**how)
+    model.fit(batch, steps_per_epoch=1, callbacks=[update], verbose=0)
+
+    def do_round():
+        for i in range(steps):
+            update.on_train_batch_end(i)
+        return steps
+
+    return do_round
+
+
+def matmuls(gflop):
+    """As many floating-point operations as a step's convolutions have, in large products."""
+    side = 4096
+    count = max(1, round(gflop * 1e9 / (2 * side**3)))
+    matrix = tf.random.stateless_normal([side, side], [0, 0])
+
+    def do_round():
+        for _ in range(count):
+            product = tf.matmul(matrix, matrix)
+        product[0, 0].numpy()
+        return count * 2 * side**3 / (gflop * 1e9)
+
+    return do_round
+
+
+def _training(encoder, stem, image_size, batch_size, precision="float32", strategy=None, threads=0):
+    """A compiled model, an endless dataset of one batch in memory, and the callback.
 
     Args: batch_size: of one replica. strategy: None, "mirrored" over two logical CPUs, or
     "multi_worker" as TF_CONFIG says. threads: inside an operation, 0: TensorFlow's choice.
@@ -64,13 +118,7 @@ def step(encoder, stem, image_size, batch_size, precision, steps, strategy=None,
         model = byol_tf.BYOL(byol_tf.resnet_encoder(encoder, stem=stem, image_size=image_size))
         model.compile(byol_tf.LARS(0.2))
         batch = _batch(image_size, batch_size * tf.distribute.get_strategy().num_replicas_in_sync)
-    update = byol_tf.TargetNetworkUpdate(0.99, total_steps=10**9)
-
-    def do_round():
-        model.fit(batch, steps_per_epoch=steps, callbacks=[update], verbose=0)
-        return steps
-
-    return do_round
+    return model, batch, byol_tf.TargetNetworkUpdate(0.99, total_steps=10**9)
 
 
 def _strategy(name):
@@ -109,7 +157,13 @@ def embed(encoder, data_dir, image_size, batch_size):
     return do_round
 
 
-SUBJECTS = {function.__name__: function for function in (pipeline, two_crops, step, embed)}
+SUBJECTS = {
+    function.__name__: function
+    for function in (
+        *(pipeline, two_crops, embed),
+        *(step, compiled_step, target_update, matmuls),
+    )
+}
 
 if __name__ == "__main__":
     subject, arguments = sys.argv[1:]

@@ -235,6 +235,7 @@ def error_of(result):
         ("--image_size=x", ["--image_size=x"]),
         ("--encoder=vgg", ["--encoder=vgg", "resnet18"]),
         ("--base_target_ema=1.5", ["--base_target_ema=1.5"]),
+        ("--base_learning_rate=nan", ["base_learning_rate", "must be a finite number"]),
         ("--task=pretrain,evaluate", ["task", "choose from", "pretrain, knn, linear_eval, export"]),
         ("--embeddings_file=a.csv", ["embeddings_file", ".npz or .parquet"]),
         ("--flagfile=/no/such/file", ["/no/such/file"]),

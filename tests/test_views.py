@@ -162,8 +162,10 @@ def test_no_two_views_are_alike(make_source):
     assert 0 <= draws.min() < 0.01 and 0.99 < draws.max() < 1
 
 
-def test_accelerator_and_host_give_the_same(make_source):
-    source = make_source(16)
+@pytest.mark.parametrize("shape", [(16, 16, 3), None], ids=["in memory", "streamed"])
+def test_accelerator_and_host_give_the_same(make_source, shape):
+    """Streamed images are augmented one by one on the host."""
+    source = dataclasses.replace(make_source(16), image_shape=shape)
     batches = pretrain_batches(source, image_size=20, batch_size=8, epochs=1)
     views = dict.fromkeys(["view1", "view2"], ((8, 20, 20, 3), tf.float32))
     spec = {key: (tuple(s.shape), s.dtype) for key, s in batches.element_spec.items()}

@@ -1,5 +1,14 @@
 """The flags of `main.py`, a module for each part; the library itself reads none of them."""
 
+import math
+
+from absl import flags
+
 from byol_tf.config import data, devices, model, optimization, run
 
 MODULES = (run, data, model, optimization, devices)
+
+for _module in MODULES:
+    for _flag in flags.FLAGS.get_flags_for_module(_module.__name__):
+        if isinstance(_flag.default, float):  # NaN is below no bound
+            flags.register_validator(_flag.name, math.isfinite, message="must be a finite number")

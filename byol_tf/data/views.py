@@ -212,6 +212,8 @@ def _crop_encoded(source, record, draws, image_size, area_range):
 
 
 def _map(dataset, function):
+    # Autograph would take seconds to find that there is nothing to convert.
+    function = tf.autograph.experimental.do_not_convert(function)
     return dataset.map(function, num_parallel_calls=_PARALLEL_CALLS, deterministic=True)
 
 

@@ -254,7 +254,7 @@ class Losses(keras.callbacks.Callback):
 
 
 # Batch norm takes a constant away again: these have no gradient but rounding errors, and their
-# norms stay at 8e-8.
+# norms stay at 1e-7.
 WITHOUT_GRADIENT = ("projector_hidden", "bias"), ("predictor_hidden", "bias")
 
 

@@ -222,9 +222,10 @@ def write(name, title, unit, parts, peer_python=None):
     for part, rows in parts.items():
         for who, row in rows.items():
             ratio = f"{row['ratio']:.2f}" if "ratio" in row else ""
+            peak = f"{row['peak_mb']:.0f}" if row["peak_mb"] else ""
             lines.append(
                 f"| {part}: {who} | {row['median']:.4g} | {row['lowest']:.4g} to "
-                f"{row['highest']:.4g} | {ratio} | {row['peak_mb']:.0f} |"
+                f"{row['highest']:.4g} | {ratio} | {peak} |"
             )
     stack = ", ".join(f"{package} {version}" for package, version in versions.items())
     lines += ["", f"`{record['command']}` on {record['cpu']}; {stack}."]

@@ -136,8 +136,8 @@ def summary(results, than):
     return rows
 
 
-def machine(*packages, python=sys.executable):
-    """What the figures were measured on."""
+def versions_of(*packages, python=sys.executable):
+    """The versions of packages that an interpreter has, by name."""
     code = (
         "import importlib.metadata as m, json, sys\n"
         "print(json.dumps({p: m.version(p) for p in sys.argv[1:]}))"
@@ -202,9 +202,9 @@ def write(name, title, unit, parts, peer_python=None):
       parts: dict from what was done to rows, of `summary`.
       peer_python: interpreter of the peer, whose versions are noted.
     """
-    versions = machine("tensorflow", "numpy")
+    versions = versions_of("tensorflow", "numpy")
     if peer_python:
-        versions |= machine("torch", "torchvision", "lightly", python=peer_python)
+        versions |= versions_of("torch", "torchvision", "lightly", python=peer_python)
     record = {
         "command": " ".join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]),
         "cpu": cpu(),

@@ -59,9 +59,10 @@ def enclosing_box(boxes):
     return tf.concat([top_left, bottom_right - top_left], 0)
 
 
-def cut(image, box):
-    """Cuts a box, int32 [4], out of an image, [H, W, 3]."""
-    return tf.slice(image, tf.pad(box[:2], [[0, 1]]), tf.pad(box[2:], [[0, 1]], constant_values=3))
+def cut(image, box, corner=0):
+    """Cuts a box, int32 [4], out of an image, [H, W, 3], whose top left corner is at `corner`."""
+    start = tf.pad(box[:2] - corner, [[0, 1]])
+    return tf.slice(image, start, tf.pad(box[2:], [[0, 1]], constant_values=3))
 
 
 def centre_crop_box(height, width):

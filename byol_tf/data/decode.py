@@ -103,7 +103,7 @@ def _decode_and_crop_jpeg(encoded, box):
     top_left = tf.maximum(box[:2] - _JPEG_MARGIN, 0)
     wider = tf.concat([top_left, bottom_right - top_left], 0)
     image = tf.io.decode_and_crop_jpeg(encoded, wider, **_JPEG_OPTIONS)
-    return crop.cut(image, tf.concat([box[:2] - top_left, box[2:]], 0))
+    return crop.cut(image, box, top_left)
 
 
 def _decode_png(encoded):

@@ -204,8 +204,7 @@ def _crop_encoded(source, record, draws, image_size, area_range):
     pixels = decode.decode_and_crop(example["image"], both)
     cropped = {"label": example["label"]}
     for i in range(2):
-        box = tf.concat([boxes[i, :2] - both[:2], boxes[i, 2:]], 0)
-        view = crop.resize(crop.cut(pixels, box), image_size)
+        view = crop.resize(crop.cut(pixels, boxes[i], both[:2]), image_size)
         cropped[f"view{i + 1}"] = tf.ensure_shape(view, [image_size, image_size, 3])
         cropped[f"draws{i + 1}"] = draws[i, crop.NUM_DRAWS :]
     return cropped

@@ -64,14 +64,17 @@ def batches(steps=3, size=16, order=range(16)):
     return tf.data.Dataset.from_tensor_slices(data).batch(size, drop_remainder=True)
 
 
+def small_byol(encoder, **kwargs):
+    """A model of 16 and 8 units; `kwargs` as of `BYOL`."""
+    return byol_tf.BYOL(encoder, projector_hidden_size=16, projector_output_size=8, **kwargs)
+
+
 def trained(encoder, strategy=None, freeze=False, data=None, **kwargs):
     """All online and target weights after three steps from always the same start."""
     strategy = strategy or tf.distribute.get_strategy()
     with strategy.scope():
-        model = byol_tf.BYOL(
+        model = small_byol(
             encoder(strategy.num_replicas_in_sync > 1),
-            projector_hidden_size=16,
-            projector_output_size=8,
             num_classes=4,
             random_target=True,
             **kwargs,
@@ -155,10 +158,8 @@ def test_negative_pairs_against_numpy():
 @pytest.mark.parametrize("beta", [0.0, 0.5])
 def test_table_5b_against_numpy(tiny_encoder, use_predictor, beta):
     """With a target network: the loss with and without predictor, at a beta of equation 8."""
-    model = byol_tf.BYOL(
+    model = small_byol(
         tiny_encoder(),
-        projector_hidden_size=16,
-        projector_output_size=8,
         random_target=True,
         use_predictor=use_predictor,
         contrastive_weight=beta,
@@ -184,10 +185,8 @@ def test_table_5b_against_numpy(tiny_encoder, use_predictor, beta):
 
 def test_simclr_is_nt_xent(tiny_encoder):
     """2 + 2 a NT-Xent an anchor; and its gradient is that of NT-Xent, through both views."""
-    model = byol_tf.BYOL(
+    model = small_byol(
         tiny_encoder(),
-        projector_hidden_size=16,
-        projector_output_size=8,
         use_predictor=False,
         use_target=False,
         contrastive_weight=1.0,
@@ -229,9 +228,7 @@ def test_negatives_are_those_of_all_replicas(tiny_encoder, mirrored, use_target)
 
 def test_tau_can_be_constant(tiny_encoder):
     update = byol_tf.TargetNetworkUpdate(0.0, constant=True)
-    model = byol_tf.BYOL(
-        tiny_encoder(), projector_hidden_size=16, projector_output_size=8, random_target=True
-    )
+    model = small_byol(tiny_encoder(), random_target=True)
     model.compile(optimizer="sgd")
     model.fit(batches(), callbacks=[update], verbose=0)
     assert float(update.tau(0)) == float(update.tau(2)) == 0.0
@@ -240,9 +237,7 @@ def test_tau_can_be_constant(tiny_encoder):
 
 
 def test_without_target_the_target_network_rests(tiny_encoder):
-    model = byol_tf.BYOL(
-        tiny_encoder(), projector_hidden_size=16, projector_output_size=8, use_target=False
-    )
+    model = small_byol(tiny_encoder(), use_target=False)
     model.compile(optimizer="sgd")
     before = [weight.numpy() for weight in model.target_weights]
     model.fit(batches(), callbacks=[byol_tf.TargetNetworkUpdate(0.5)], verbose=0)
@@ -253,10 +248,8 @@ def test_without_target_the_target_network_rests(tiny_encoder):
 def test_depths():
     images = keras.Input((4,))
     encoder = keras.Model(images, keras.layers.Dense(6)(images))
-    model = byol_tf.BYOL(
+    model = small_byol(
         encoder,
-        projector_hidden_size=16,
-        projector_output_size=8,
         projector_depth=3,
         predictor_depth=1,
     )

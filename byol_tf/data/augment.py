@@ -15,6 +15,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 _GRAY_WEIGHTS = (0.2989, 0.5870, 0.1140)
 _ORDERS = tuple(itertools.permutations(range(4)))
+_BLURRED_ROWS = 32  # at once: few enough to save products, enough for fast ones
 _TINY = 1e-20  # in place of a chroma of 0, to divide by
 NUM_DRAWS = 11
 
@@ -76,10 +77,8 @@ def augment(images, draws, view):
     flip, jitter, order, *strengths, gray, blur, sigma, solar = tf.unstack(
         draws, NUM_DRAWS, axis=-1
     )
-    images = _to_float(images)
-    # On the channels-last images, where `tf.reverse` is ten times faster than on planes.
-    (images,) = _sometimes(flip, view.flip_probability, _flip, [images])
-    planes = tf.unstack(images, axis=-1)
+    planes = [_to_float(plane) for plane in tf.unstack(images, axis=-1)]
+    planes = _sometimes(flip, view.flip_probability, _flip, planes)
     planes = _sometimes(
         jitter,
         view.jitter_probability,
@@ -99,7 +98,7 @@ def augment(images, draws, view):
         planes,
     )
     planes = [
-        (tf.clip_by_value(plane, 0.0, 1.0) - mean) * (1.0 / std)
+        (plane - mean) * (1.0 / std)
         for plane, mean, std in zip(planes, IMAGENET_MEAN, IMAGENET_STD)
     ]
     # Faster than to stack them as the last axis.
@@ -137,29 +136,34 @@ def adjust_saturation(planes, factor):
     """
     value, chroma = _value_and_chroma(planes)
     factor = tf.minimum(_per_image(factor), value / tf.maximum(chroma, _TINY))
-    return [value - (value - plane) * factor for plane in planes]
+    # Rounded, the largest factor may lead below 0.
+    return [tf.maximum(value - (value - plane) * factor, 0.0) for plane in planes]
 
 
 def adjust_hue(planes, offset):
     """Adds offset [B], of at most half a turn, to H of HSV.
 
     H, in sixths of a turn, decides which part of the chroma each channel has: all of it
-    within one sixth of the channel's own hue, and none from two sixths on.
+    within one sixth of the channel's own hue, and none from two sixths on. Here all angles
+    are times the chroma, to which a division by it would only lead back.
     """
     red, green, blue = planes
     value, chroma = _value_and_chroma(planes)
-    scale = 1.0 / tf.maximum(chroma, _TINY)
+    two = chroma + chroma
+    four = two + two
     hue = tf.where(
         value == red,
-        (green - blue) * scale,
-        tf.where(value == green, 2.0 + (blue - red) * scale, 4.0 + (red - green) * scale),
+        green - blue,
+        tf.where(value == green, two + (blue - red), four + (red - green)),
     )
-    hue += 6.0 * _per_image(offset)
+    hue += chroma * (6.0 * _per_image(offset))
+    three, seven = two + chroma, four + two + chroma
     shifted = []
-    for own_hue in (0.0, 2.0, 4.0):
-        distance = tf.abs(hue - own_hue)
-        distance = tf.minimum(distance, tf.abs(6.0 - distance))
-        shifted.append(value - chroma * tf.clip_by_value(distance - 1.0, 0.0, 1.0))
+    for from_own in (hue, hue - two, hue - four):
+        # Of the circle of 6: d - 1, where d = 3 - |x - 3| up to 6, and x - 6 beyond.
+        x = tf.abs(from_own)
+        part = tf.maximum(two - tf.abs(x - three), x - seven)
+        shifted.append(value - tf.maximum(tf.minimum(part, chroma), 0.0))
     return shifted
 
 
@@ -175,8 +179,10 @@ def gaussian_blur(planes, sigma):
     The kernel reaches S // 10 // 2 pixels to each side and sums to 1; outside the image
     is black.
     """
-    matrix = _blur_matrix(sigma, planes[0].shape[-1])
-    return [tf.matmul(tf.matmul(matrix, plane), matrix) for plane in planes]
+    weights = _blur_weights(sigma, radius=planes[0].shape[-1] // 10 // 2)
+    for _ in range(2):  # down the columns, then along the rows, which have become columns
+        planes = _blur_columns(planes, weights)
+    return planes
 
 
 def solarize(planes, threshold=0.5):
@@ -184,9 +190,9 @@ def solarize(planes, threshold=0.5):
     return [tf.where(plane < threshold, plane, 1.0 - plane) for plane in planes]
 
 
-def _flip(images):
-    """Mirrors the only tensor of a list, [B, S, S, 3], left to right."""
-    return [tf.reverse(images[0], [2])]
+def _flip(planes):
+    """Mirrors left to right."""
+    return [tf.reverse(plane, [2]) for plane in planes]
 
 
 def _jitter(planes, order, brightness, contrast, saturation, hue, view):
@@ -260,15 +266,40 @@ def _value_and_chroma(planes):
     return value, value - tf.minimum(tf.minimum(red, green), blue)
 
 
-def _blur_matrix(sigma, size):
-    """float32 [B, size, size]: the weight of every input pixel in every output pixel of a line."""
-    radius = size // 10 // 2
+def _blur_columns(planes, weights):
+    """Blurs down the columns and transposes: planes [B, S, S] -> the same.
+
+    By products of matrices, some rows at a time: those farther away have no part in them.
+    """
+    size, count = planes[0].shape[-1], len(planes)
+    radius = (weights.shape[-1] - _BLURRED_ROWS) // 2
+    lines = tf.reshape(tf.stack(planes, axis=2), [-1, size, count * size])
+    one = weights.shape[0] == 1
+    if one:  # rows are then taken without copying
+        lines, weights = lines[0], weights[0]
+    blurred = []
+    for start in range(0, size, _BLURRED_ROWS):
+        stop = min(start + _BLURRED_ROWS, size)
+        first, last = max(start - radius, 0), min(stop + radius, size)
+        reach = slice(first - start + radius, last - start + radius)
+        own = weights[..., : stop - start, reach]
+        blurred.append(tf.matmul(own, lines[..., first:last, :]))
+    # Rounded, the weights may sum to more than 1.
+    lines = tf.linalg.matrix_transpose(tf.minimum(tf.concat(blurred, -2), 1.0))
+    if one:
+        return tf.unstack(tf.reshape(lines, [count, 1, size, size]))
+    return tf.unstack(tf.reshape(lines, [-1, count, size, size]), axis=1)
+
+
+def _blur_weights(sigma, radius):
+    """float32 [B, R, R + 2 radius]: of the pixels around R rows in each of them; R rows at once."""
     scale = -0.5 / tf.square(sigma)[:, tf.newaxis]
-    taps = tf.exp(scale * tf.square(tf.range(radius + 1, dtype=tf.float32)))
-    taps /= 2.0 * tf.reduce_sum(taps, -1, keepdims=True) - taps[:, :1]
-    positions = np.arange(size)
-    distance = np.abs(positions[:, np.newaxis] - positions)
-    return tf.gather(tf.pad(taps, [[0, 0], [0, 1]]), np.minimum(distance, radius + 1), axis=-1)
+    taps = tf.exp(scale * tf.square(tf.range(-radius, radius + 1, dtype=tf.float32)))
+    taps /= tf.reduce_sum(taps, -1, keepdims=True)
+    tap = np.arange(_BLURRED_ROWS + 2 * radius) - np.arange(_BLURRED_ROWS)[:, np.newaxis]
+    zero = 2 * radius + 1  # one more tap
+    tap = np.where((tap >= 0) & (tap < zero), tap, zero)
+    return tf.gather(tf.pad(taps, [[0, 0], [0, 1]]), tap, axis=-1)
 
 
 def _to_float(images):

@@ -221,5 +221,7 @@ def _options():
     options.deterministic = True
     # Its thread can hold up the end of a short fit for as long as its period.
     options.autotune.enabled = False
+    # The parallel calls have work for every core: an operation need not be cut up among them.
+    options.threading.max_intra_op_parallelism = 1
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
     return options

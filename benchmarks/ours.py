@@ -62,15 +62,20 @@ def step(steps, **how):
     return do_round
 
 
-def compiled_step(steps, **how):
-    """Only the compiled function that `fit` calls: neither loop nor callback."""
+def compiled_step(steps, with_update=False, **how):
+    """Only the compiled function that `fit` calls: neither loop nor callback.
+
+    Args: with_update: update the target too, as the callback does.
+    """
     model, batch, update = _training(**how)
     model.fit(batch, steps_per_epoch=1, callbacks=[update], verbose=0)
-    batches = iter(batch)
+    batches = iter(model.distribute_strategy.experimental_distribute_dataset(batch))
 
     def do_round():
-        for _ in range(steps):
+        for i in range(steps):
             logs = model.train_function(batches)
+            if with_update:
+                update.on_train_batch_end(i)
         logs["loss"].numpy()  # awaits the last
         return steps
 

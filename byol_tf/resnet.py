@@ -2,6 +2,7 @@
 
 import tensorflow as tf
 
+from byol_tf.batch_norm import SyncBatchNormalization
 from byol_tf.keras_api import keras
 
 BLOCKS_PER_GROUP = {
@@ -29,16 +30,12 @@ def batch_norm(inputs, synchronized, name):
     """Batch normalisation with the paper's momentum 0.9 and epsilon 1e-5.
 
     `synchronized` shares the batch statistics across replicas; None: where the current
-    strategy has more than one. It never takes the fused kernel, so it does not pay with one.
+    strategy has more than one.
     """
     if synchronized is None:
         synchronized = tf.distribute.get_strategy().num_replicas_in_sync > 1
-    return keras.layers.BatchNormalization(
-        momentum=0.9,
-        epsilon=1e-5,
-        synchronized=synchronized,
-        name=name,
-    )(inputs)
+    layer = SyncBatchNormalization if synchronized else keras.layers.BatchNormalization
+    return layer(momentum=0.9, epsilon=1e-5, name=name)(inputs)
 
 
 def resnet_encoder(

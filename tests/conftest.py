@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from byol_tf.batch_norm import SyncBatchNormalization
 from byol_tf.data.source import Source
 from byol_tf.keras_api import keras
 
@@ -52,7 +53,7 @@ def tiny_encoder():
             [
                 keras.Input((16, 16, 3)),
                 keras.layers.Conv2D(8, 3, 2, use_bias=False),
-                keras.layers.BatchNormalization(synchronized=synchronized),
+                (SyncBatchNormalization if synchronized else keras.layers.BatchNormalization)(),
                 keras.layers.ReLU(),
                 keras.layers.GlobalAveragePooling2D(),
             ]

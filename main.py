@@ -9,6 +9,7 @@ from byol_tf import config, workdir
 from byol_tf.errors import UserError
 
 FLAGS = flags.FLAGS
+PREEMPTED = 75  # EX_TEMPFAIL: run the same command again
 
 
 def parse(argv):
@@ -30,7 +31,9 @@ def main(argv):
     if len(argv) > 1:
         sys.exit(f"error: {argv[1]!r} is not a flag: write --name=value.")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # its notices hide ours
-    from byol_tf import tasks  # loads TensorFlow, which --help and a wrong flag need not await
+    # These load TensorFlow, which --help and a wrong flag need not await.
+    from byol_tf import tasks
+    from byol_tf.training import Preempted
 
     try:
         tasks.only_our_notices()
@@ -38,6 +41,9 @@ def main(argv):
         tasks.run()
     except UserError as error:
         sys.exit(f"error: {error}")
+    except Preempted as stopped:
+        print(f"{stopped}: the same command goes on from there", file=sys.stderr)
+        sys.exit(PREEMPTED)
     except KeyboardInterrupt:
         sys.exit("interrupted: the same command goes on from the last checkpoint")
 

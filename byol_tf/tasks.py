@@ -9,7 +9,7 @@ import sys
 import tensorflow as tf
 from absl import flags, logging
 
-from byol_tf import deepmind, evaluation, resnet, training, workdir
+from byol_tf import deepmind, distribution, evaluation, resnet, training, workdir
 from byol_tf.data import views
 from byol_tf.data.source import load_source
 from byol_tf.embed import write_embeddings
@@ -23,11 +23,19 @@ from byol_tf.supervised import Supervised
 from byol_tf.target_update import TargetNetworkUpdate
 
 FLAGS = flags.FLAGS
+# What a sum over the workers ends with where one of them is gone.
+_LOST_WORKER = (
+    *(tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError),
+    *(tf.errors.InternalError, tf.errors.DeadlineExceededError),
+)
 
 
 def run():
     """Runs the tasks of --task, in order."""
     tasks = [task for task in TASKS if task in FLAGS.task]
+    strategy = _strategy()  # the first thing, as several machines need it
+    if distribution.num_workers(strategy) > 1 and "import_deepmind" in tasks:
+        raise UserError("--task=import_deepmind: run it alone, on one machine, before the others.")
     saved = workdir.read_flags(FLAGS.workdir)
     if _checkpoints().latest_checkpoint:
         if tasks[0] == "import_deepmind":
@@ -41,9 +49,11 @@ def run():
     keras.utils.set_random_seed(FLAGS.seed)
     if FLAGS.deterministic:
         tf.config.experimental.enable_op_determinism()
-    _check_inputs(tasks)
+    with distribution.chief_first(strategy):
+        _check_inputs(tasks)
     for task in tasks:
-        TASKS[task]()
+        if task == "pretrain" or distribution.is_chief(strategy):
+            TASKS[task]()
 
 
 def _check_inputs(tasks):
@@ -122,45 +132,59 @@ def pretrain():
     total_steps = per_epoch * FLAGS.epochs
     strategy = _strategy()
     with strategy.scope(), _policy(FLAGS.precision):
-        model, manager = _resumed_model(source, total_steps, int(FLAGS.warmup_epochs * per_epoch))
-    workdir.write_flags(FLAGS.workdir)
-
+        model, checkpoint = _resumed_model(
+            source, total_steps, int(FLAGS.warmup_epochs * per_epoch)
+        )
     target_update = None
     if FLAGS.method == "byol":
         target_update = TargetNetworkUpdate(
             FLAGS.base_target_ema, total_steps, FLAGS.constant_target_ema
         )
-    watch = training.Watch(
-        _folder(),
-        log_every=FLAGS.log_every,
-        batch_size=FLAGS.batch_size,
-        target_update=target_update if FLAGS.target_network else None,
-        manager=manager,
-    )
-    callbacks = [target_update, watch, training.Checkpoints(manager, FLAGS.checkpoint_every)]
-    try:
-        training.train(
-            model,
-            functools.partial(_batches_from, source),
-            steps_per_epoch=per_epoch,
-            epochs=FLAGS.epochs,
-            max_steps=FLAGS.max_steps,
-            callbacks=[callback for callback in callbacks if callback is not None],
-            verbose=1 if sys.stdout.isatty() else 2,  # a bar, or a line an epoch
+    with distribution.folder_to_write(strategy, _folder()) as folder:
+        workdir.write_flags(folder)
+        manager = _checkpoints(checkpoint, folder)
+        watch = training.Watch(
+            folder,
+            log_every=FLAGS.log_every,
+            batch_size=FLAGS.batch_size,
+            target_update=target_update if FLAGS.target_network else None,
+            manager=manager,
         )
-    except training.TrainingDiverged as error:
-        raise UserError(str(error)) from error
-    results = {"steps": int(model.optimizer.iterations.numpy())}
-    results["weights_sha256"] = workdir.weights_sha256(model)
-    if watch.images_per_second:
-        results["images_per_second"] = watch.images_per_second
-        # The accuracies of before are of other weights.
-        results.update(dict.fromkeys(("knn_top1", "knn200_top1", "linear_top1")))
-    workdir.update_results(FLAGS.workdir, **results)
+        checkpoints = training.Checkpoints(manager, FLAGS.checkpoint_every)
+        stop = training.StopOnSigterm(strategy)
+        callbacks = [target_update, stop, watch, checkpoints]
+        try:
+            training.train(
+                model,
+                functools.partial(_batches_from, source, strategy),
+                steps_per_epoch=per_epoch,
+                epochs=FLAGS.epochs,
+                max_steps=FLAGS.max_steps,
+                callbacks=[callback for callback in callbacks if callback is not None],
+                verbose=_verbosity(strategy),
+            )
+        except training.TrainingDiverged as error:
+            raise UserError(str(error)) from error
+        except _LOST_WORKER as error:
+            if distribution.num_workers(strategy) == 1:
+                raise
+            raise UserError(
+                "another worker has ended or cannot be reached: start all of them again with the "
+                "same command, which goes on from the last checkpoint."
+            ) from error
+        results = {"steps": int(model.optimizer.iterations.numpy())}
+        results["weights_sha256"] = workdir.weights_sha256(model)
+        if watch.images_per_second:
+            results["images_per_second"] = watch.images_per_second
+            # The accuracies of before are of other weights.
+            results.update(dict.fromkeys(("knn_top1", "knn200_top1", "linear_top1")))
+        workdir.update_results(folder, **results)
+    if stop.stopped:
+        raise training.Preempted(f"stopped by SIGTERM at step {results['steps']}")
 
 
 def _resumed_model(source, total_steps, warmup_steps):
-    """The compiled model, as the last checkpoint left it, and the checkpoints' manager."""
+    """The compiled model, as the last checkpoint left it, and its `tf.train.Checkpoint`."""
     num_classes = len(source.class_names) if source.class_names else None
     model = _build_model(num_classes)
     peak = FLAGS.base_learning_rate * FLAGS.batch_size / 256
@@ -170,7 +194,7 @@ def _resumed_model(source, total_steps, warmup_steps):
     manager = _checkpoints(tf.train.Checkpoint(model=model))
     if manager.latest_checkpoint:
         _restore(model, manager, num_classes)
-    return model, manager
+    return model, manager.checkpoint
 
 
 def _restore(model, manager, num_classes):
@@ -186,18 +210,31 @@ def _restore(model, manager, num_classes):
     manager.checkpoint.restore(latest).assert_existing_objects_matched()
 
 
-def _batches_from(source, step):
-    return views.pretrain_batches(
-        source,
-        image_size=FLAGS.image_size,
-        batch_size=FLAGS.batch_size,
-        epochs=FLAGS.epochs,
-        seed=FLAGS.seed,
-        start_step=step,
-        augment_on=FLAGS.augment_on,
-        min_crop_area=FLAGS.min_crop_area,
-        augmentation=FLAGS.augmentation,
-    )
+def _batches_from(source, strategy, step, steps):
+    def of_worker(worker, num_workers):
+        batches = views.pretrain_batches(
+            source,
+            image_size=FLAGS.image_size,
+            batch_size=FLAGS.batch_size,
+            epochs=FLAGS.epochs,
+            seed=FLAGS.seed,
+            start_step=step,
+            augment_on=FLAGS.augment_on,
+            min_crop_area=FLAGS.min_crop_area,
+            augmentation=FLAGS.augmentation,
+            worker=worker,
+            num_workers=num_workers,
+        )
+        return batches.take(steps)
+
+    return distribution.distribute(strategy, of_worker)
+
+
+def _verbosity(strategy):
+    """A bar where someone watches, else a line an epoch; nothing from those who do not write."""
+    if not distribution.is_chief(strategy):
+        return 0
+    return 1 if sys.stdout.isatty() else 2
 
 
 def _check_classes(shapes, num_classes):
@@ -360,9 +397,11 @@ def _folder():
     return pathlib.Path(FLAGS.workdir).expanduser()
 
 
-def _checkpoints(checkpoint=None):
+def _checkpoints(checkpoint=None, folder=None):
     return tf.train.CheckpointManager(
-        checkpoint or tf.train.Checkpoint(), str(_folder() / "checkpoints"), max_to_keep=2
+        checkpoint or tf.train.Checkpoint(),
+        str((folder or _folder()) / "checkpoints"),
+        max_to_keep=2,
     )
 
 
@@ -380,13 +419,7 @@ def _policy(precision):
 
 
 def _strategy():
-    """The distribution strategy of --strategy over the GPUs, or else the logical CPUs."""
-    gpus = tf.config.list_logical_devices("GPU")
-    devices = gpus or tf.config.list_logical_devices("CPU")
-    several = len(devices) > 1
-    if FLAGS.strategy == "one_device" or (FLAGS.strategy == "auto" and not several):
-        return tf.distribute.get_strategy()
-    return tf.distribute.MirroredStrategy([device.name for device in devices])
+    return distribution.make_strategy(FLAGS.strategy, FLAGS.tpu)
 
 
 def only_our_notices():

@@ -1,11 +1,13 @@
 """Pretraining from the first step to the last: `fit`, checkpoints, and a watch for trouble."""
 
 import json
+import signal
 import time
 
 import tensorflow as tf
 from absl import logging
 
+from byol_tf import distribution
 from byol_tf.keras_api import keras
 
 # Of the normalised projections, 1 on a uniform sphere. Healthy runs stay far above.
@@ -16,12 +18,16 @@ class TrainingDiverged(RuntimeError):
     """The loss or a weight is no longer a finite number."""
 
 
+class Preempted(Exception):
+    """SIGTERM ended the run after a step, whose checkpoint is written."""
+
+
 def train(model, batches_from, *, steps_per_epoch, epochs, max_steps, callbacks, verbose):
     """Trains from the optimizer's step on to the last, exactly `model.fit`'s way.
 
     Args:
       model: a compiled `BYOL`.
-      batches_from: function from a step to the dataset of the batches from there on.
+      batches_from: function from a step and a number of steps to the dataset of their batches.
       steps_per_epoch, epochs: of the whole run.
       max_steps: stop there, or None.
       callbacks, verbose: as in `fit`.
@@ -35,13 +41,15 @@ def train(model, batches_from, *, steps_per_epoch, epochs, max_steps, callbacks,
     for first, steps, whole_epochs in segments(start, stop, steps_per_epoch):
         epoch = first // steps_per_epoch
         model.fit(
-            batches_from(first).take(steps * whole_epochs),
+            batches_from(first, steps * whole_epochs),
             initial_epoch=epoch,
             epochs=epoch + whole_epochs,
             steps_per_epoch=steps,
             callbacks=callbacks,
             verbose=verbose,
         )
+        if model.stop_training:
+            return
 
 
 def segments(start, stop, steps_per_epoch):
@@ -92,6 +100,34 @@ class Checkpoints(keras.callbacks.Callback):
             if not bool(tf.reduce_all(tf.math.is_finite(weight))):
                 raise _diverged(f"the weight {weight.name}", step, latest)
         self.manager.save(checkpoint_number=step)
+
+
+class StopOnSigterm(keras.callbacks.Callback):
+    """Ends the fit after the step in which SIGTERM came, to this process or to any worker.
+
+    Args: strategy: of `distribution.make_strategy`; its workers agree on the step.
+    """
+
+    _supports_tf_logs = True
+
+    def __init__(self, strategy):
+        super().__init__()
+        self.strategy = strategy
+        self.stopped = False
+        self._signalled = False
+
+    def on_train_begin(self, logs=None):
+        self._before = signal.signal(signal.SIGTERM, self._on_signal)
+
+    def on_train_batch_end(self, batch, logs=None):
+        if distribution.any_worker(self.strategy, self._signalled):
+            self.stopped = self.model.stop_training = True
+
+    def on_train_end(self, logs=None):
+        signal.signal(signal.SIGTERM, self._before)
+
+    def _on_signal(self, number, frame):
+        self._signalled = True
 
 
 class Watch(keras.callbacks.Callback):

@@ -17,8 +17,12 @@ flags.DEFINE_enum(
 flags.DEFINE_enum(
     "strategy",
     "auto",
-    ("auto", "one_device", "mirrored"),
-    "mirrored: one replica a device; auto: mirrored where there are several.",
+    ("auto", "one_device", "mirrored", "multi_worker", "tpu"),
+    "mirrored: one replica a device of this machine; multi_worker: of all machines that TF_CONFIG "
+    "or Slurm names; auto: multi_worker with TF_CONFIG, mirrored where there are several devices.",
+)
+flags.DEFINE_string(
+    "tpu", "local", "Of --strategy=tpu: name or address of the TPU; local: of this TPU VM."
 )
 flags.DEFINE_integer(
     "logical_cpus", 1, "Split the CPU into so many devices, to try replicas.", lower_bound=1

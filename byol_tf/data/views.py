@@ -48,6 +48,8 @@ def pretrain_batches(
     augment_on="host",
     min_crop_area=crop.AREA_RANGE[0],
     augmentation="paper",
+    worker=0,
+    num_workers=1,
 ):
     """Batches of two views of every image, epoch after epoch.
 
@@ -66,15 +68,20 @@ def pretrain_batches(
         `augment_batch` finishes inside the step.
       min_crop_area: the smallest part of an image's area that a view shows.
       augmentation: one of `augment.AUGMENTATIONS`, for "host".
+      worker, num_workers: of every global batch give the part of this one of so many workers,
+        in the order of the workers; the rest is neither decoded nor augmented.
 
     Returns:
       A dataset of dicts: "view1" and "view2", float32 [B, image_size, image_size, 3], and
-      "label", int64 [B], where the source has labels. On the accelerator the views are
+      "label", int64 [B], B = batch_size / num_workers, where the source has labels. On the accelerator the views are
       uint8 and come with their "draws1" and "draws2", float32 [B, NUM_DRAWS].
 
     Raises:
       UserError: if there are fewer images than one batch.
+      ValueError: if num_workers does not divide batch_size.
     """
+    if batch_size % num_workers:
+        raise ValueError(f"batch_size={batch_size}: must divide by num_workers={num_workers}.")
     per_epoch = steps_per_epoch(source, batch_size)
     start_epoch, skipped_batches = divmod(start_step, per_epoch)
     in_memory = _fits_in_memory(source)
@@ -93,10 +100,22 @@ def pretrain_batches(
         return shuffled.take(per_epoch * batch_size).skip(tf.cast(skipped, tf.int64))
 
     examples = tf.data.Dataset.range(start_epoch, epochs).flat_map(one_epoch)
-    # All random numbers of both views of a batch: float32 [B, 2, _DRAWS] in [0, 1).
-    draws = tf.data.Dataset.range(start_step, epochs * per_epoch).map(
-        lambda step: tf.random.stateless_uniform([batch_size, 2, _DRAWS], [seed, step])
-    )
+    part = batch_size // num_workers
+    first = worker * part
+
+    def draws_of_step(step):
+        """All random numbers of both views of a batch: float32 [B, 2, _DRAWS] in [0, 1)."""
+        draws = tf.random.stateless_uniform([batch_size, 2, _DRAWS], [seed, step])
+        return draws[first : first + part]
+
+    draws = tf.data.Dataset.range(start_step, epochs * per_epoch).map(draws_of_step)
+    if num_workers > 1:
+        places = tf.data.Dataset.range(batch_size).repeat()
+        examples = (
+            tf.data.Dataset.zip((places, examples))
+            .filter(lambda place, _: place // part == worker)
+            .map(lambda _, record: record)
+        )
     on_host = augment_on == "host"
 
     def views_of_batch(batch, draws):
@@ -112,11 +131,11 @@ def pretrain_batches(
         return {name: value[0] for name, value in augment_batch(batch, augmentation).items()}
 
     if in_memory:
-        examples = examples.batch(batch_size, drop_remainder=True)
+        examples = examples.batch(part, drop_remainder=True)
         batches = _map(tf.data.Dataset.zip((examples, draws)), views_of_batch)
     else:
         images = tf.data.Dataset.zip((examples, draws.unbatch()))
-        batches = _map(images, views_of_image).batch(batch_size, drop_remainder=True)
+        batches = _map(images, views_of_image).batch(part, drop_remainder=True)
     if source.class_names is None:
         batches = batches.map(lambda batch: {k: v for k, v in batch.items() if k != "label"})
     return batches.with_options(_options()).prefetch(2)

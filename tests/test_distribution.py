@@ -1,0 +1,185 @@
+"""Several workers: real processes on this machine, which must do what one process does."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from byol_tf import distribution
+from byol_tf.data import views
+from byol_tf.errors import UserError
+
+ROOT = pathlib.Path(__file__).parent.parent
+TINY = [
+    *("--dataset=shapes", "--image_size=16", "--encoder=resnet18", "--width_multiplier=0.0625"),
+    *("--stem=small", "--projector_hidden_size=16", "--projector_output_size=8"),
+    *("--train_split=train[:48]", "--batch_size=12", "--epochs=4", "--warmup_epochs=1"),
+    *("--task=pretrain", "--log_every=1", "--precision=float32"),
+]
+
+
+def start(workdir, *flags, **env):
+    """A process of `main.py`."""
+    command = [sys.executable, "main.py", f"--workdir={workdir}", *TINY, *flags]
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def start_workers(workdir, count, *flags, **env):
+    ports = [free_port() for _ in range(count)]
+    addresses = [f"localhost:{port}" for port in ports]
+    clusters = [
+        {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": i}}
+        for i in range(count)
+    ]
+    return [start(workdir, *flags, TF_CONFIG=json.dumps(c), **env) for c in clusters]
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+def finish(processes, seconds=180):
+    """The exit codes and outputs; kills what does not end in time."""
+    deadline = time.monotonic() + seconds
+    outputs = []
+    try:
+        for process in processes:
+            outputs.append(process.communicate(timeout=max(1, deadline - time.monotonic()))[0])
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.returncode for process in processes], outputs
+
+
+def weights(workdir):
+    """All variables of the last checkpoint, by name."""
+    latest = tf.train.latest_checkpoint(str(workdir / "checkpoints"))
+    reader = tf.train.load_checkpoint(latest)
+    names = reader.get_variable_to_shape_map()
+    return {n: reader.get_tensor(n) for n in names if n.endswith("VARIABLE_VALUE")}
+
+
+def steps(workdir):
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["step"] for line in lines]
+
+
+def await_step(workdir, step, processes, seconds=120):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if (workdir / "metrics.jsonl").exists() and step in steps(workdir):
+            return
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.1)
+    raise AssertionError(f"no step {step} in {seconds} s")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 3])
+def test_workers_are_one_process(tmp_path, count):
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    codes, outputs = finish([start(alone), *start_workers(together, count)])
+    assert codes == [0] * (count + 1), "\n".join(outputs)
+    expected, found = weights(alone), weights(together)
+    assert expected.keys() == found.keys() and len(expected) > 100
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-3, atol=1e-4, err_msg=name)
+    assert steps(together) == list(range(1, 17))  # one writes
+    assert not outputs[2].strip()  # and speaks
+    assert json.loads((together / "results.json").read_text())["steps"] == 16
+
+
+@pytest.mark.slow
+def test_a_killed_worker_ends_the_others_and_all_resume(tmp_path):
+    workers = start_workers(tmp_path, 2, "--epochs=2000")
+    await_step(tmp_path, 6, workers)
+    workers[1].kill()
+    begin = time.monotonic()
+    codes, outputs = finish(workers, seconds=120)
+    print(f"the other worker ended after {time.monotonic() - begin:.0f} s")
+    assert codes[0] == 1 and "error: another worker has ended" in outputs[0].splitlines()[-1]
+    resumed_at = int(tf.train.latest_checkpoint(str(tmp_path / "checkpoints")).rsplit("-")[-1])
+    assert resumed_at >= 4
+    until = resumed_at + 3
+    codes, outputs = finish(start_workers(tmp_path, 2, "--epochs=2000", f"--max_steps={until}"))
+    assert codes == [0, 0], "\n".join(outputs)
+    assert steps(tmp_path) == list(range(1, until + 1))
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_of_a_slurm_step_stops_all_after_the_same_step(tmp_path):
+    slurm = {
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_STEP_TASKS_PER_NODE": "2",
+    }
+    workers = [
+        start(tmp_path, "--strategy=multi_worker", "--epochs=2000", SLURM_PROCID=str(i), **slurm)
+        for i in range(2)
+    ]
+    await_step(tmp_path, 3, workers)
+    workers[1].send_signal(signal.SIGTERM)
+    codes, outputs = finish(workers, seconds=60)
+    assert codes == [75, 75], "\n".join(outputs)
+    last = steps(tmp_path)[-1]
+    assert f"stopped by SIGTERM at step {last}" in outputs[0] and f"step {last}" in outputs[1]
+    assert tf.train.latest_checkpoint(str(tmp_path / "checkpoints")).endswith(f"-{last}")
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize("count", [2, 3])
+def test_parts_of_workers_are_the_batches(make_source, in_memory, count):
+    """Every image of a global batch at exactly one worker, in its place, with its draws."""
+    source = make_source(30)
+    if not in_memory:
+        source = dataclasses.replace(source, image_shape=None)
+
+    def batches(worker, num_workers, start_step=0):
+        how = {"image_size": 8, "batch_size": 12, "epochs": 2, "start_step": start_step}
+        parts = views.pretrain_batches(source, **how, worker=worker, num_workers=num_workers)
+        return [{name: value.numpy() for name, value in part.items()} for part in parts]
+
+    for start_step in (0, 1, 3):
+        whole = batches(0, 1, start_step)
+        parts = [batches(worker, count, start_step) for worker in range(count)]
+        assert len(whole) == 4 - start_step and all(len(p) == len(whole) for p in parts)
+        for step, batch in enumerate(whole):
+            for name, value in batch.items():
+                joined = np.concatenate([p[step][name] for p in parts])
+                np.testing.assert_array_equal(joined, value)
+
+
+@pytest.mark.parametrize(
+    "config", ["{", "[]", "{}", '{"cluster": {"worker": ["a:1"]}}', '{"cluster": 3, "task": {}}']
+)
+def test_bad_clusters(config, monkeypatch):
+    monkeypatch.setenv("TF_CONFIG", config)
+    distribution.make_strategy.cache_clear()
+    with pytest.raises(UserError, match="TF_CONFIG"):
+        distribution.make_strategy("multi_worker")
+
+
+def test_no_cluster_and_no_tpu(monkeypatch):
+    monkeypatch.delenv("TF_CONFIG", raising=False)
+    with pytest.raises(UserError, match="srun"):
+        distribution.make_strategy("multi_worker")
+    with pytest.raises(UserError, match="--tpu=nowhere"):
+        distribution.make_strategy("tpu", "nowhere")

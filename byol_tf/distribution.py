@@ -2,14 +2,16 @@
 
 import contextlib
 import functools
+import json
 import os
 import pathlib
 import tempfile
 
 import tensorflow as tf
-from absl import logging
 
 from byol_tf.errors import UserError
+
+_ANY_NUMBER = 1024
 
 
 @functools.lru_cache(maxsize=None)  # replicas of two strategies in one process mix up their sums
@@ -36,11 +38,13 @@ def make_strategy(name, tpu="local"):
 
 def is_chief(strategy):
     """Whether this process is the one of its cluster that writes and evaluates."""
-    return strategy.extended.should_checkpoint
+    return num_workers(strategy) == 1 or strategy.extended.should_checkpoint
 
 
 def num_workers(strategy):
     """How many processes train together."""
+    if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        return 1
     return strategy.num_replicas_in_sync // len(strategy.extended.worker_devices)
 
 
@@ -87,13 +91,9 @@ def any_worker(strategy, flag):
     return bool(_sum(strategy, tf.constant(float(flag))) > 0.0)
 
 
-@tf.function
+@tf.function(autograph=False)
 def _sum(strategy, value):
-    def of_replicas():
-        context = tf.distribute.get_replica_context()
-        return context.all_reduce(tf.distribute.ReduceOp.SUM, value)
-
-    return strategy.experimental_local_results(strategy.run(of_replicas))[0]
+    return strategy.reduce("SUM", strategy.run(tf.identity, args=(value,)), axis=None)
 
 
 @contextlib.contextmanager
@@ -110,35 +110,40 @@ def _multi_worker():
     """MultiWorkerMirroredStrategy over the cluster of TF_CONFIG, or of the Slurm step."""
     try:
         if "TF_CONFIG" in os.environ:
+            source = "TF_CONFIG"
+            _check_tf_config(os.environ["TF_CONFIG"])
             resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver()
         elif "SLURM_STEP_NUM_TASKS" in os.environ:
-            gpus = len(tf.config.list_physical_devices("GPU"))
+            source = "Slurm"
+            # Slurm shows every task its own GPUs: the resolver need not divide them.
             resolver = tf.distribute.cluster_resolver.SlurmClusterResolver(
-                gpus_per_node=gpus, gpus_per_task=None if gpus else 0
+                gpus_per_node=_ANY_NUMBER, gpus_per_task=1, auto_set_gpu=False
             )
         else:
             raise UserError(
                 "--strategy=multi_worker: neither TF_CONFIG nor a Slurm step names the machines: "
                 "set TF_CONFIG, or start with srun (docs/distributed.md)."
             )
-        cluster = resolver.cluster_spec()
-        addresses = [address for job in cluster.jobs for address in cluster.job_tasks(job)]
-        logging.info("worker %s of %s", resolver.task_id, ", ".join(addresses))
         return tf.distribute.MultiWorkerMirroredStrategy(cluster_resolver=resolver)
-    # What is not JSON, not a cluster, or not there yet, all say it in their own ways.
-    except (
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-        RuntimeError,
-        tf.errors.OpError,
-    ) as error:
-        source = "TF_CONFIG" if "TF_CONFIG" in os.environ else "Slurm"
+    # A cluster that is not one, or not there yet, is said in many ways.
+    except (ValueError, TypeError, KeyError, RuntimeError, tf.errors.OpError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(
             f"--strategy=multi_worker: no cluster from {source}: {_first_line(error)}: see "
             "docs/distributed.md."
         ) from error
+
+
+def _check_tf_config(text):
+    """Raises a ValueError if TF_CONFIG does not name the workers and which of them this is."""
+    config = json.loads(text)
+    workers = config["cluster"]["worker"] + config["cluster"].get("chief", [])
+    if not all(isinstance(address, str) and ":" in address for address in workers):
+        raise ValueError(f"{workers} are not addresses of the form host:port")
+    task = config["task"]
+    if not 0 <= task["index"] < len(config["cluster"][task["type"]]):
+        raise ValueError(f"no {task['type']} has the index {task['index']}")
 
 
 def _tpu(name):
@@ -155,4 +160,5 @@ def _tpu(name):
 
 
 def _first_line(error):
-    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else repr(error)
+    lines = str(error).strip().splitlines() or [repr(error)]
+    return f"{type(error).__name__}, {lines[0].rstrip('.')}"

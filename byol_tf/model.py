@@ -348,6 +348,8 @@ class BYOL(keras.Model):
                 "callback, and Keras calls callbacks only once every steps_per_execution steps."
             )
         super().compile(optimizer=optimizer, **kwargs)
+        # The means are those of all replicas already; Keras would sum them over the workers.
+        self.distribute_reduction_method = "first"
 
     def fit(self, *args, callbacks=None, **kwargs):
         """As `keras.Model.fit`; refuses to train with a target network that never moves.

@@ -24,6 +24,7 @@ class Supervised(keras.Model):
         self.online_encoder = encoder  # called so that all tasks find it in a checkpoint
         self.classifier = linear_classifier(encoder.output_shape[-1], num_classes)
         self.augment = augment
+        self.distribute_reduction_method = "first"  # as in `BYOL.compile`
         self._means = {key: keras.metrics.Mean(key) for key in ("loss", "accuracy")}
         self.built = True
 

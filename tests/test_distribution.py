@@ -77,12 +77,15 @@ def weights(workdir):
     return {n: reader.get_tensor(n) for n in names if n.endswith("VARIABLE_VALUE")}
 
 
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
 def steps(workdir):
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["step"] for line in lines]
+    return [line["step"] for line in lines(workdir)]
 
 
-def await_step(workdir, step, processes, seconds=120):
+def await_step(workdir, step, processes, seconds=240):
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if (workdir / "metrics.jsonl").exists() and step in steps(workdir):
@@ -96,15 +99,20 @@ def await_step(workdir, step, processes, seconds=120):
 @pytest.mark.parametrize("count", [2, 3])
 def test_workers_are_one_process(tmp_path, count):
     alone, together = tmp_path / "alone", tmp_path / "together"
-    codes, outputs = finish([start(alone), *start_workers(together, count)])
+    # Six steps: then a rounding error that crosses a ReLU's kink begins to grow.
+    few = "--max_steps=6"
+    codes, outputs = finish([start(alone, few), *start_workers(together, count, few)], 300)
     assert codes == [0] * (count + 1), "\n".join(outputs)
     expected, found = weights(alone), weights(together)
     assert expected.keys() == found.keys() and len(expected) > 100
     for name, value in expected.items():
-        np.testing.assert_allclose(found[name], value, rtol=1e-3, atol=1e-4, err_msg=name)
-    assert steps(together) == list(range(1, 17))  # one writes
+        np.testing.assert_allclose(found[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
+    assert steps(together) == list(range(1, 7))  # one writes
+    for name in ("loss", "classifier_loss"):
+        of_one, of_all = ([line[name] for line in lines(w)] for w in (alone, together))
+        np.testing.assert_allclose(of_all, of_one, rtol=1e-4)
     assert not outputs[2].strip()  # and speaks
-    assert json.loads((together / "results.json").read_text())["steps"] == 16
+    assert json.loads((together / "results.json").read_text())["steps"] == 6
 
 
 @pytest.mark.slow
@@ -168,11 +176,15 @@ def test_parts_of_workers_are_the_batches(make_source, in_memory, count):
 
 
 @pytest.mark.parametrize(
-    "config", ["{", "[]", "{}", '{"cluster": {"worker": ["a:1"]}}', '{"cluster": 3, "task": {}}']
+    "config",
+    [
+        *("{", "[]", "{}", '{"cluster": {"worker": ["a:1"]}}', '{"cluster": 3, "task": {}}'),
+        '{"cluster": {"worker": [1, 2]}, "task": {"type": "worker", "index": 0}}',
+        '{"cluster": {"worker": ["a:1"]}, "task": {"type": "worker", "index": 1}}',
+    ],
 )
 def test_bad_clusters(config, monkeypatch):
     monkeypatch.setenv("TF_CONFIG", config)
-    distribution.make_strategy.cache_clear()
     with pytest.raises(UserError, match="TF_CONFIG"):
         distribution.make_strategy("multi_worker")
 

@@ -21,6 +21,7 @@ def write_embeddings(features, path, class_names=None):
 
     Raises:
       ValueError: for another ending.
+      OSError: if the file cannot be written; what was there is still there then.
     """
     path = pathlib.Path(path)
     if path.suffix not in FORMATS:
@@ -28,8 +29,11 @@ def write_embeddings(features, path, class_names=None):
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}{path.suffix}")  # savez appends a missing .npz
     write = _write_npz if path.suffix == ".npz" else _write_parquet
-    write(features, unfinished, class_names)
-    unfinished.replace(path)
+    try:
+        write(features, unfinished, class_names)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def _write_npz(features, path, class_names):

@@ -9,7 +9,7 @@ import sys
 import tensorflow as tf
 from absl import flags, logging
 
-from byol_tf import deepmind, evaluation, resnet, training, workdir
+from byol_tf import checkpoints, deepmind, evaluation, resnet, training, workdir
 from byol_tf.data import views
 from byol_tf.data.source import load_source
 from byol_tf.embed import write_embeddings
@@ -28,8 +28,10 @@ FLAGS = flags.FLAGS
 def run():
     """Runs the tasks of --task, in order."""
     tasks = [task for task in TASKS if task in FLAGS.task]
+    if _folder().is_dir():
+        checkpoints.lock(_folder())
     saved = workdir.read_flags(FLAGS.workdir)
-    if _checkpoints().latest_checkpoint:
+    if _checkpoints().checkpoints:
         if tasks[0] == "import_deepmind":
             raise UserError(f"--workdir={FLAGS.workdir}: a run is there already: choose another.")
         workdir.check_flags(saved, pretrain="pretrain" in tasks)
@@ -42,6 +44,8 @@ def run():
     if FLAGS.deterministic:
         tf.config.experimental.enable_op_determinism()
     _check_inputs(tasks)
+    checkpoints.lock(_folder())  # if it is there only now
+    checkpoints.remove_leftovers(_folder())
     for task in tasks:
         TASKS[task]()
 
@@ -53,7 +57,7 @@ def _check_inputs(tasks):
       UserError: if a split cannot be read or is empty, or the workdir cannot be written.
     """
     splits = {
-        "pretrain": [FLAGS.train_split],
+        "pretrain": [FLAGS.train_split] + ([FLAGS.eval_split] if FLAGS.knn_every else []),
         "knn": [FLAGS.train_split, FLAGS.eval_split],
         "linear_eval": [FLAGS.train_split, FLAGS.eval_split],
         "embed": [FLAGS.embed_split],
@@ -71,14 +75,25 @@ def _check_inputs(tasks):
                 FLAGS.warmup_epochs,
                 FLAGS.epochs,
             )
-    if {"knn", "linear_eval"} & set(tasks) and FLAGS.eval_split == FLAGS.train_split:
+    measured = {"knn", "linear_eval"} & set(tasks) or ("pretrain" in tasks and FLAGS.knn_every)
+    if measured and FLAGS.eval_split == FLAGS.train_split:
         logging.warning("--eval_split is --train_split: the accuracies are of images trained on.")
+    _check_use_checkpoint(tasks)
     try:
         _folder().mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
             f"--workdir={FLAGS.workdir}: {error.strerror}: choose a folder that can be written."
         ) from error
+
+
+def _check_use_checkpoint(tasks):
+    """Refuses --use_checkpoint=best where there is none and the tasks will make none."""
+    if FLAGS.use_checkpoint == "last" or not _ENCODER_TASKS & set(tasks):
+        return
+    made = "pretrain" in tasks and FLAGS.knn_every and _source(FLAGS.train_split).class_names
+    if not made:
+        _checkpoints().best_whole()
 
 
 @functools.lru_cache(maxsize=None)
@@ -108,7 +123,7 @@ def import_deepmind():
         model.optimizer.iterations.assign(0)
     workdir.write_imported_flags(FLAGS.workdir)
     manager = _checkpoints(tf.train.Checkpoint(model=model))
-    manager.save(checkpoint_number=int(model.optimizer.iterations))
+    manager.save(int(model.optimizer.iterations))
     step = int(checkpoint["step"])
     sha256 = workdir.weights_sha256(model)
     workdir.update_results(FLAGS.workdir, imported_step=step, weights_sha256=sha256)
@@ -123,6 +138,8 @@ def pretrain():
     strategy = _strategy()
     with strategy.scope(), _policy(FLAGS.precision):
         model, manager = _resumed_model(source, total_steps, int(FLAGS.warmup_epochs * per_epoch))
+    # Before `fit`, in whose strategy it would get replicas.
+    measure = _knn_measure(source) if FLAGS.knn_every else None
     workdir.write_flags(FLAGS.workdir)
 
     target_update = None
@@ -137,7 +154,11 @@ def pretrain():
         target_update=target_update if FLAGS.target_network else None,
         manager=manager,
     )
-    callbacks = [target_update, watch, training.Checkpoints(manager, FLAGS.checkpoint_every)]
+    saves = training.Checkpoints(manager, FLAGS.checkpoint_every)
+    callbacks = [target_update, watch, saves]
+    if measure is not None:
+        every = FLAGS.knn_every * per_epoch
+        callbacks.append(checkpoints.KeepBest(manager, saves.save, measure, every, watch))
     try:
         training.train(
             model,
@@ -155,8 +176,34 @@ def pretrain():
     if watch.images_per_second:
         results["images_per_second"] = watch.images_per_second
         # The accuracies of before are of other weights.
-        results.update(dict.fromkeys(("knn_top1", "knn200_top1", "linear_top1")))
+        stale = ("knn_top1", "knn200_top1", "linear_top1", "evaluated_step")
+        results.update(dict.fromkeys(stale))
     workdir.update_results(FLAGS.workdir, **results)
+
+
+def _knn_measure(train_source):
+    """Function from a checkpoint to its k-NN accuracy, as of --task=knn; None without labels.
+
+    In float32 whatever --precision, so that it is that task's figure.
+    """
+    if train_source.class_names is None:
+        logging.warning("--knn_every: skipped: --dataset=%s has no labels", FLAGS.dataset)
+        return None
+    with _policy("float32"):
+        encoder = _encoder()
+
+    def measure(checkpoint):
+        _load_encoder(encoder, checkpoint)
+        train, test = (
+            evaluation.extract_features(encoder, _source(split), image_size=FLAGS.image_size)
+            for split in (FLAGS.train_split, FLAGS.eval_split)
+        )
+        if min(train.labels.min(), test.labels.min()) < 0:
+            logging.warning("--knn_every: skipped: there are images without labels")
+            return None
+        return evaluation.knn_accuracy(train, test)
+
+    return measure
 
 
 def _resumed_model(source, total_steps, warmup_steps):
@@ -168,7 +215,7 @@ def _resumed_model(source, total_steps, warmup_steps):
     model.compile(make_optimizer(FLAGS.optimizer, schedule, FLAGS.weight_decay))
     build_optimizer(model.optimizer, model.trainable_variables)
     manager = _checkpoints(tf.train.Checkpoint(model=model))
-    if manager.latest_checkpoint:
+    if manager.newest_whole():
         _restore(model, manager, num_classes)
     return model, manager
 
@@ -179,11 +226,12 @@ def _restore(model, manager, num_classes):
     saved = tf.train.load_checkpoint(latest).get_variable_to_shape_map()
     if FLAGS.method == "supervised" and any(n.startswith("model/online_projector/") for n in saved):
         logging.info("fine-tuning the encoder of %s", latest)
-        _restore_encoder(model.online_encoder)
+        _load_encoder(model.online_encoder, latest)
         return
     logging.info("resuming from %s", latest)
+    checkpoints.check_flags(latest, checkpoints.MODEL_FLAGS)
     _check_classes(saved, num_classes)
-    manager.checkpoint.restore(latest).assert_existing_objects_matched()
+    checkpoints.load(manager.checkpoint, latest)
 
 
 def _batches_from(source, step):
@@ -282,7 +330,9 @@ def _evaluate(accuracies):
         }
         for name, value in figures.items():
             print(f"{name:>12} {what:>12} {100 * value:6.2f} %", flush=True)
-        results = figures if what == "trained" else {what: figures}
+        results = {what: figures}
+        if what == "trained":
+            results = {**figures, "evaluated_step": checkpoints.step_of(_chosen_checkpoint())}
         workdir.update_results(FLAGS.workdir, **results)
 
 
@@ -302,7 +352,9 @@ def _features(what, split):
 def export():
     """Writes the encoder as a SavedModel."""
     path = _folder() / "saved_model"
-    export_encoder(_trained_encoder(), path, image_size=FLAGS.image_size)
+    encoder = _trained_encoder()
+    with checkpoints.writing(path):
+        export_encoder(encoder, path, image_size=FLAGS.image_size)
     print(f"encoder exported to {path}")
 
 
@@ -311,7 +363,8 @@ def embed():
     source = _source(FLAGS.embed_split)
     features = evaluation.extract_features(_trained_encoder(), source, image_size=FLAGS.image_size)
     path = _folder() / FLAGS.embeddings_file
-    write_embeddings(features, path, source.class_names)
+    with checkpoints.writing(path):
+        write_embeddings(features, path, source.class_names)
     print(f"{len(features.vectors)} embeddings written to {path}")
 
 
@@ -323,21 +376,27 @@ TASKS = {
     "export": export,
     "embed": embed,
 }
+_ENCODER_TASKS = {"knn", "linear_eval", "export", "embed"}
 
 
 def _trained_encoder():
-    """The online encoder of the last checkpoint, in float32."""
+    """The online encoder of the checkpoint of --use_checkpoint, in float32."""
     with _policy("float32"):
         encoder = _encoder()
-    _restore_encoder(encoder)
+    _load_encoder(encoder, _chosen_checkpoint())
     return encoder
 
 
-def _restore_encoder(encoder):
-    """Puts the online encoder of the last checkpoint into this one."""
+def _chosen_checkpoint():
+    manager = _checkpoints()
+    return manager.best_whole() if FLAGS.use_checkpoint == "best" else manager.newest_whole()
+
+
+def _load_encoder(encoder, checkpoint):
+    """Puts the online encoder of a checkpoint into this one."""
+    checkpoints.check_flags(checkpoint, checkpoints.ENCODER_FLAGS)
     online = tf.train.Checkpoint(model=tf.train.Checkpoint(online_encoder=encoder))
-    status = online.restore(_checkpoints().latest_checkpoint)
-    status.assert_existing_objects_matched().expect_partial()
+    checkpoints.load(online, checkpoint)
 
 
 def _random_encoder():
@@ -361,9 +420,7 @@ def _folder():
 
 
 def _checkpoints(checkpoint=None):
-    return tf.train.CheckpointManager(
-        checkpoint or tf.train.Checkpoint(), str(_folder() / "checkpoints"), max_to_keep=2
-    )
+    return checkpoints.Manager(checkpoint, _folder() / "checkpoints", FLAGS.keep_checkpoints)
 
 
 @contextlib.contextmanager

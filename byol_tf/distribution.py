@@ -12,6 +12,11 @@ import tensorflow as tf
 from byol_tf.errors import UserError
 
 _ANY_NUMBER = 1024
+# What a sum over the workers ends with where one of them is gone.
+_LOST_WORKER = (
+    *(tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError),
+    *(tf.errors.InternalError, tf.errors.DeadlineExceededError),
+)
 
 
 @functools.lru_cache(maxsize=None)  # replicas of two strategies in one process mix up their sums
@@ -94,6 +99,24 @@ def any_worker(strategy, flag):
 @tf.function(autograph=False)
 def _sum(strategy, value):
     return strategy.reduce("SUM", strategy.run(tf.identity, args=(value,)), axis=None)
+
+
+@contextlib.contextmanager
+def all_alive(strategy):
+    """Turns what a worker meets with when another is gone into one line.
+
+    Raises:
+      UserError: if another worker of the cluster has ended.
+    """
+    try:
+        yield
+    except _LOST_WORKER as error:
+        if num_workers(strategy) == 1:
+            raise
+        raise UserError(
+            "another worker has ended or cannot be reached: start all of them again with the same "
+            "command, which goes on from the last checkpoint."
+        ) from error
 
 
 @contextlib.contextmanager

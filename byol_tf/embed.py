@@ -1,6 +1,8 @@
 """Writes embeddings to a file that NumPy or any table tool reads."""
 
+import os
 import pathlib
+import zipfile
 
 import numpy as np
 
@@ -21,22 +23,30 @@ def write_embeddings(features, path, class_names=None):
 
     Raises:
       ValueError: for another ending.
+      OSError: if the file cannot be written; what was there is still there then.
     """
     path = pathlib.Path(path)
     if path.suffix not in FORMATS:
         raise ValueError(f"{path}: must end in {' or '.join(FORMATS)}.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}{path.suffix}")  # savez appends a missing .npz
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     write = _write_npz if path.suffix == ".npz" else _write_parquet
-    write(features, unfinished, class_names)
-    unfinished.replace(path)
+    try:
+        write(features, unfinished, class_names)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def _write_npz(features, path, class_names):
-    labels = {}
+    arrays = {"embedding": features.vectors, "name": np.array(features.names)}
     if class_names is not None:
-        labels = {"label": features.labels, "class_names": np.array(class_names)}
-    np.savez(path, embedding=features.vectors, name=np.array(features.names), **labels)
+        arrays.update(label=features.labels, class_names=np.array(class_names))
+    # As numpy.savez, which leaves its file open where the disk is full.
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, array, allow_pickle=False)
 
 
 def _write_parquet(features, path, class_names):

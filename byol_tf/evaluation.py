@@ -4,10 +4,10 @@ import dataclasses
 import warnings
 
 import numpy as np
+import tensorflow as tf
 
 from byol_tf.data import augment, views
 from byol_tf.errors import UserError
-from byol_tf.keras_api import keras
 
 TEMPERATURE = 0.07  # of the neighbours' votes (Wu et al. 2018)
 _PROBE_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)  # scikit-learn's C, tried on a held-out part
@@ -43,9 +43,13 @@ def extract_features(encoder, source, *, image_size, batch_size=256):
 
     Returns: `Features` with D the encoder's output size.
     """
-    images = keras.Input((image_size, image_size, 3), dtype="uint8")
-    embed = keras.Model(images, encoder(augment.normalize(images), training=False))
-    return _collect(source, image_size, batch_size, embed.predict_on_batch)
+
+    # Not a `keras.Model`, which would take the strategy of a `fit` that this is called in.
+    @tf.function(input_signature=[tf.TensorSpec([None, image_size, image_size, 3], tf.uint8)])
+    def embed(images):
+        return encoder(augment.normalize(images), training=False)
+
+    return _collect(source, image_size, batch_size, embed)
 
 
 def raw_pixels(source, *, image_size):

@@ -26,7 +26,8 @@ def export_encoder(encoder, directory, *, image_size):
       image_size: side of the encoder's input in pixels.
 
     Raises:
-      OSError: if the directory cannot be written; what was there is still there then.
+      OSError, tf.errors.OpError: if the directory cannot be written; what was there is still
+        there then.
     """
     module = tf.Module()
     module.weights = list(encoder.weights)  # without the layers: no Keras in the SavedModel
@@ -56,12 +57,15 @@ def export_encoder(encoder, directory, *, image_size):
     directory = pathlib.Path(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     unfinished = directory.with_name(f".{directory.name}.{os.getpid()}")
-    tf.saved_model.save(
-        module,
-        str(unfinished),
-        signatures={"serving_default": serve_images, "serving_bytes": serve_bytes},
-    )
-    _replace_directory(unfinished, directory)
+    try:
+        tf.saved_model.save(
+            module,
+            str(unfinished),
+            signatures={"serving_default": serve_images, "serving_bytes": serve_bytes},
+        )
+        _replace_directory(unfinished, directory)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _replace_directory(new, old):

@@ -9,7 +9,15 @@ import sys
 import tensorflow as tf
 from absl import flags, logging
 
-from byol_tf import deepmind, distribution, evaluation, resnet, training, workdir
+from byol_tf import (
+    checkpoints,
+    deepmind,
+    distribution,
+    evaluation,
+    resnet,
+    training,
+    workdir,
+)
 from byol_tf.data import views
 from byol_tf.data.source import load_source
 from byol_tf.embed import write_embeddings
@@ -23,21 +31,19 @@ from byol_tf.supervised import Supervised
 from byol_tf.target_update import TargetNetworkUpdate
 
 FLAGS = flags.FLAGS
-# What a sum over the workers ends with where one of them is gone.
-_LOST_WORKER = (
-    *(tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError),
-    *(tf.errors.InternalError, tf.errors.DeadlineExceededError),
-)
 
 
 def run():
     """Runs the tasks of --task, in order."""
     tasks = [task for task in TASKS if task in FLAGS.task]
     strategy = _strategy()  # the first thing, as several machines need it
+    chief = distribution.is_chief(strategy)
     if distribution.num_workers(strategy) > 1 and "import_deepmind" in tasks:
         raise UserError("--task=import_deepmind: run it alone, on one machine, before the others.")
+    if chief and _folder().is_dir():
+        checkpoints.lock(_folder())
     saved = workdir.read_flags(FLAGS.workdir)
-    if _checkpoints().latest_checkpoint:
+    if _checkpoints().checkpoints:
         if tasks[0] == "import_deepmind":
             raise UserError(f"--workdir={FLAGS.workdir}: a run is there already: choose another.")
         workdir.check_flags(saved, pretrain="pretrain" in tasks)
@@ -51,8 +57,11 @@ def run():
         tf.config.experimental.enable_op_determinism()
     with distribution.chief_first(strategy):
         _check_inputs(tasks)
+        if chief:
+            checkpoints.lock(_folder())  # if it is there only now
+            checkpoints.remove_leftovers(_folder())
     for task in tasks:
-        if task == "pretrain" or distribution.is_chief(strategy):
+        if task == "pretrain" or chief:
             TASKS[task]()
 
 
@@ -63,7 +72,7 @@ def _check_inputs(tasks):
       UserError: if a split cannot be read or is empty, or the workdir cannot be written.
     """
     splits = {
-        "pretrain": [FLAGS.train_split],
+        "pretrain": [FLAGS.train_split] + ([FLAGS.eval_split] if FLAGS.knn_every else []),
         "knn": [FLAGS.train_split, FLAGS.eval_split],
         "linear_eval": [FLAGS.train_split, FLAGS.eval_split],
         "embed": [FLAGS.embed_split],
@@ -81,14 +90,25 @@ def _check_inputs(tasks):
                 FLAGS.warmup_epochs,
                 FLAGS.epochs,
             )
-    if {"knn", "linear_eval"} & set(tasks) and FLAGS.eval_split == FLAGS.train_split:
+    measured = {"knn", "linear_eval"} & set(tasks) or ("pretrain" in tasks and FLAGS.knn_every)
+    if measured and FLAGS.eval_split == FLAGS.train_split:
         logging.warning("--eval_split is --train_split: the accuracies are of images trained on.")
+    _check_use_checkpoint(tasks)
     try:
         _folder().mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
             f"--workdir={FLAGS.workdir}: {error.strerror}: choose a folder that can be written."
         ) from error
+
+
+def _check_use_checkpoint(tasks):
+    """Refuses --use_checkpoint=best where there is none and the tasks will make none."""
+    if FLAGS.use_checkpoint == "last" or not _ENCODER_TASKS & set(tasks):
+        return
+    made = "pretrain" in tasks and FLAGS.knn_every and _source(FLAGS.train_split).class_names
+    if not made:
+        _checkpoints().best_whole()
 
 
 @functools.lru_cache(maxsize=None)
@@ -118,7 +138,7 @@ def import_deepmind():
         model.optimizer.iterations.assign(0)
     workdir.write_imported_flags(FLAGS.workdir)
     manager = _checkpoints(tf.train.Checkpoint(model=model))
-    manager.save(checkpoint_number=int(model.optimizer.iterations))
+    manager.save(int(model.optimizer.iterations))
     step = int(checkpoint["step"])
     sha256 = workdir.weights_sha256(model)
     workdir.update_results(FLAGS.workdir, imported_step=step, weights_sha256=sha256)
@@ -132,17 +152,16 @@ def pretrain():
     total_steps = per_epoch * FLAGS.epochs
     strategy = _strategy()
     with strategy.scope(), _policy(FLAGS.precision):
-        model, checkpoint = _resumed_model(
-            source, total_steps, int(FLAGS.warmup_epochs * per_epoch)
-        )
-    target_update = None
-    if FLAGS.method == "byol":
-        target_update = TargetNetworkUpdate(
-            FLAGS.base_target_ema, total_steps, FLAGS.constant_target_ema
-        )
-    with distribution.folder_to_write(strategy, _folder()) as folder:
+        model, manager = _resumed_model(source, total_steps, int(FLAGS.warmup_epochs * per_epoch))
+    # Before `fit`, in whose strategy it would get replicas.
+    measure = _knn_measure(source) if FLAGS.knn_every else None
+    with (
+        distribution.all_alive(strategy),
+        distribution.folder_to_write(strategy, _folder()) as folder,
+    ):
+        manager.folder = folder / "checkpoints"
         workdir.write_flags(folder)
-        manager = _checkpoints(checkpoint, folder)
+        target_update = _target_update(total_steps)
         watch = training.Watch(
             folder,
             log_every=FLAGS.log_every,
@@ -150,37 +169,74 @@ def pretrain():
             target_update=target_update if FLAGS.target_network else None,
             manager=manager,
         )
-        checkpoints = training.Checkpoints(manager, FLAGS.checkpoint_every)
-        stop = training.StopOnSigterm(strategy)
-        callbacks = [target_update, stop, watch, checkpoints]
+        saves = training.Checkpoints(manager, FLAGS.checkpoint_every)
+        callbacks = [training.StopOnSigterm(strategy), watch, saves]
+        if target_update is not None:
+            callbacks.insert(0, target_update)
+        if measure is not None:
+            every = FLAGS.knn_every * per_epoch
+            callbacks.append(checkpoints.KeepBest(manager, saves.save, measure, every, watch))
         try:
             training.train(
                 model,
-                functools.partial(_batches_from, source, strategy),
+                functools.partial(_batches_from, source),
                 steps_per_epoch=per_epoch,
                 epochs=FLAGS.epochs,
                 max_steps=FLAGS.max_steps,
-                callbacks=[callback for callback in callbacks if callback is not None],
-                verbose=_verbosity(strategy),
+                callbacks=callbacks,
+                verbose=_verbosity(),
             )
         except training.TrainingDiverged as error:
             raise UserError(str(error)) from error
-        except _LOST_WORKER as error:
-            if distribution.num_workers(strategy) == 1:
-                raise
-            raise UserError(
-                "another worker has ended or cannot be reached: start all of them again with the "
-                "same command, which goes on from the last checkpoint."
-            ) from error
-        results = {"steps": int(model.optimizer.iterations.numpy())}
-        results["weights_sha256"] = workdir.weights_sha256(model)
-        if watch.images_per_second:
-            results["images_per_second"] = watch.images_per_second
-            # The accuracies of before are of other weights.
-            results.update(dict.fromkeys(("knn_top1", "knn200_top1", "linear_top1")))
-        workdir.update_results(folder, **results)
-    if stop.stopped:
-        raise training.Preempted(f"stopped by SIGTERM at step {results['steps']}")
+        workdir.update_results(folder, **_training_results(model, watch))
+    if model.stop_training:
+        step = int(model.optimizer.iterations.numpy())
+        raise training.Preempted(f"stopped by SIGTERM at step {step}")
+
+
+def _target_update(total_steps):
+    if FLAGS.method != "byol":
+        return None
+    return TargetNetworkUpdate(FLAGS.base_target_ema, total_steps, FLAGS.constant_target_ema)
+
+
+def _training_results(model, watch):
+    """What results.json says of the training; of figures that no longer hold, None."""
+    results = {"steps": int(model.optimizer.iterations.numpy())}
+    results["weights_sha256"] = workdir.weights_sha256(model)
+    if watch.images_per_second:
+        results["images_per_second"] = watch.images_per_second
+        # The accuracies of before are of other weights.
+        stale = ("knn_top1", "knn200_top1", "linear_top1", "evaluated_step")
+        results.update(dict.fromkeys(stale))
+    return results
+
+
+def _knn_measure(train_source):
+    """Function from a checkpoint to its k-NN accuracy, as of --task=knn; None without labels.
+
+    In float32 whatever --precision, so that it is that task's figure.
+    """
+    if train_source.class_names is None:
+        logging.warning("--knn_every: skipped: --dataset=%s has no labels", FLAGS.dataset)
+        return None
+    if not distribution.is_chief(_strategy()):
+        return lambda checkpoint: 0.0  # only awaits the chief
+    with _policy("float32"):
+        encoder = _encoder()
+
+    def measure(checkpoint):
+        _load_encoder(encoder, checkpoint)
+        train, test = (
+            evaluation.extract_features(encoder, _source(split), image_size=FLAGS.image_size)
+            for split in (FLAGS.train_split, FLAGS.eval_split)
+        )
+        if min(train.labels.min(), test.labels.min()) < 0:
+            logging.warning("--knn_every: skipped: there are images without labels")
+            return None
+        return evaluation.knn_accuracy(train, test)
+
+    return measure
 
 
 def _resumed_model(source, total_steps, warmup_steps):
@@ -192,9 +248,9 @@ def _resumed_model(source, total_steps, warmup_steps):
     model.compile(make_optimizer(FLAGS.optimizer, schedule, FLAGS.weight_decay))
     build_optimizer(model.optimizer, model.trainable_variables)
     manager = _checkpoints(tf.train.Checkpoint(model=model))
-    if manager.latest_checkpoint:
+    if manager.newest_whole():
         _restore(model, manager, num_classes)
-    return model, manager.checkpoint
+    return model, manager
 
 
 def _restore(model, manager, num_classes):
@@ -203,14 +259,15 @@ def _restore(model, manager, num_classes):
     saved = tf.train.load_checkpoint(latest).get_variable_to_shape_map()
     if FLAGS.method == "supervised" and any(n.startswith("model/online_projector/") for n in saved):
         logging.info("fine-tuning the encoder of %s", latest)
-        _restore_encoder(model.online_encoder)
+        _load_encoder(model.online_encoder, latest)
         return
     logging.info("resuming from %s", latest)
+    checkpoints.check_flags(latest, checkpoints.MODEL_FLAGS)
     _check_classes(saved, num_classes)
-    manager.checkpoint.restore(latest).assert_existing_objects_matched()
+    checkpoints.load(manager.checkpoint, latest)
 
 
-def _batches_from(source, strategy, step, steps):
+def _batches_from(source, step, steps):
     def of_worker(worker, num_workers):
         batches = views.pretrain_batches(
             source,
@@ -227,12 +284,12 @@ def _batches_from(source, strategy, step, steps):
         )
         return batches.take(steps)
 
-    return distribution.distribute(strategy, of_worker)
+    return distribution.distribute(_strategy(), of_worker)
 
 
-def _verbosity(strategy):
+def _verbosity():
     """A bar where someone watches, else a line an epoch; nothing from those who do not write."""
-    if not distribution.is_chief(strategy):
+    if not distribution.is_chief(_strategy()):
         return 0
     return 1 if sys.stdout.isatty() else 2
 
@@ -319,7 +376,9 @@ def _evaluate(accuracies):
         }
         for name, value in figures.items():
             print(f"{name:>12} {what:>12} {100 * value:6.2f} %", flush=True)
-        results = figures if what == "trained" else {what: figures}
+        results = {what: figures}
+        if what == "trained":
+            results = {**figures, "evaluated_step": checkpoints.step_of(_chosen_checkpoint())}
         workdir.update_results(FLAGS.workdir, **results)
 
 
@@ -339,7 +398,9 @@ def _features(what, split):
 def export():
     """Writes the encoder as a SavedModel."""
     path = _folder() / "saved_model"
-    export_encoder(_trained_encoder(), path, image_size=FLAGS.image_size)
+    encoder = _trained_encoder()
+    with checkpoints.writing(path):
+        export_encoder(encoder, path, image_size=FLAGS.image_size)
     print(f"encoder exported to {path}")
 
 
@@ -348,7 +409,8 @@ def embed():
     source = _source(FLAGS.embed_split)
     features = evaluation.extract_features(_trained_encoder(), source, image_size=FLAGS.image_size)
     path = _folder() / FLAGS.embeddings_file
-    write_embeddings(features, path, source.class_names)
+    with checkpoints.writing(path):
+        write_embeddings(features, path, source.class_names)
     print(f"{len(features.vectors)} embeddings written to {path}")
 
 
@@ -360,21 +422,27 @@ TASKS = {
     "export": export,
     "embed": embed,
 }
+_ENCODER_TASKS = {"knn", "linear_eval", "export", "embed"}
 
 
 def _trained_encoder():
-    """The online encoder of the last checkpoint, in float32."""
+    """The online encoder of the checkpoint of --use_checkpoint, in float32."""
     with _policy("float32"):
         encoder = _encoder()
-    _restore_encoder(encoder)
+    _load_encoder(encoder, _chosen_checkpoint())
     return encoder
 
 
-def _restore_encoder(encoder):
-    """Puts the online encoder of the last checkpoint into this one."""
+def _chosen_checkpoint():
+    manager = _checkpoints()
+    return manager.best_whole() if FLAGS.use_checkpoint == "best" else manager.newest_whole()
+
+
+def _load_encoder(encoder, checkpoint):
+    """Puts the online encoder of a checkpoint into this one."""
+    checkpoints.check_flags(checkpoint, checkpoints.ENCODER_FLAGS)
     online = tf.train.Checkpoint(model=tf.train.Checkpoint(online_encoder=encoder))
-    status = online.restore(_checkpoints().latest_checkpoint)
-    status.assert_existing_objects_matched().expect_partial()
+    checkpoints.load(online, checkpoint)
 
 
 def _random_encoder():
@@ -397,12 +465,8 @@ def _folder():
     return pathlib.Path(FLAGS.workdir).expanduser()
 
 
-def _checkpoints(checkpoint=None, folder=None):
-    return tf.train.CheckpointManager(
-        checkpoint or tf.train.Checkpoint(),
-        str((folder or _folder()) / "checkpoints"),
-        max_to_keep=2,
-    )
+def _checkpoints(checkpoint=None):
+    return checkpoints.Manager(checkpoint, _folder() / "checkpoints", FLAGS.keep_checkpoints)
 
 
 @contextlib.contextmanager

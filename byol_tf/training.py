@@ -1,5 +1,6 @@
 """Pretraining from the first step to the last: `fit`, checkpoints, and a watch for trouble."""
 
+import contextlib
 import json
 import signal
 import time
@@ -8,7 +9,9 @@ import tensorflow as tf
 from absl import logging
 
 from byol_tf import distribution
+from byol_tf.checkpoints import writing
 from byol_tf.keras_api import keras
+from byol_tf.workdir import write_text
 
 # Of the normalised projections, 1 on a uniform sphere. Healthy runs stay far above.
 COLLAPSED_STD = 0.05
@@ -73,7 +76,7 @@ class Checkpoints(keras.callbacks.Callback):
     """Saves model and optimizer every few epochs and at the end, never one with a NaN.
 
     Args:
-      manager: a `tf.train.CheckpointManager`.
+      manager: a `checkpoints.Manager`.
       every: epochs between two.
     """
 
@@ -86,12 +89,13 @@ class Checkpoints(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         if (epoch + 1) % self.every == 0:
-            self._save()
+            self.save()
 
     def on_train_end(self, logs=None):
-        self._save()
+        self.save()
 
-    def _save(self):
+    def save(self):
+        """Saves this step, if the newest checkpoint is not of it."""
         step = int(self.model.optimizer.iterations.numpy())
         latest = self.manager.latest_checkpoint
         if latest and latest.endswith(f"-{step}"):
@@ -113,7 +117,6 @@ class StopOnSigterm(keras.callbacks.Callback):
     def __init__(self, strategy):
         super().__init__()
         self.strategy = strategy
-        self.stopped = False
         self._signalled = False
 
     def on_train_begin(self, logs=None):
@@ -121,7 +124,7 @@ class StopOnSigterm(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None):
         if distribution.any_worker(self.strategy, self._signalled):
-            self.stopped = self.model.stop_training = True
+            self.model.stop_training = True
 
     def on_train_end(self, logs=None):
         signal.signal(signal.SIGTERM, self._before)
@@ -142,7 +145,7 @@ class Watch(keras.callbacks.Callback):
       log_every: steps between two lines.
       batch_size: global, in images.
       target_update: a `TargetNetworkUpdate`, to log its tau, or None without target network.
-      manager: a `tf.train.CheckpointManager`, to name the last checkpoint in an error.
+      manager: a `checkpoints.Manager`, to name the last checkpoint in an error.
     """
 
     _supports_tf_logs = True  # copies the logs to the host only when a line is due
@@ -150,7 +153,8 @@ class Watch(keras.callbacks.Callback):
     def __init__(self, workdir, *, log_every, batch_size, target_update, manager):
         super().__init__()
         self.metrics_file = workdir / "metrics.jsonl"
-        self.writer = tf.summary.create_file_writer(str(workdir / "tensorboard"))
+        with writing(workdir):
+            self.writer = tf.summary.create_file_writer(str(workdir / "tensorboard"))
         self.log_every = log_every
         self.batch_size = batch_size
         self.target_update = target_update
@@ -188,15 +192,42 @@ class Watch(keras.callbacks.Callback):
         if self._unlogged is not None:
             self._log(self._unlogged)  # so that the last step has a line
         self._time()
-        self.writer.flush()
+        with writing(self.metrics_file.parent):
+            self.writer.flush()
+
+    def write(self, figures):
+        """Writes floats by their names, of the last step, to metrics.jsonl and TensorBoard."""
+        with writing(self.metrics_file.parent):
+            with self.metrics_file.open("a") as file:
+                file.write(json.dumps({"step": self._step, **figures}) + "\n")
+            with self.writer.as_default(step=self._step):
+                for name, value in figures.items():
+                    tf.summary.scalar(name, value)
+
+    def has_logged(self, name):
+        """Whether metrics.jsonl has a figure of this name, of the last step."""
+        found = map(_figures, self._lines())
+        return any(figures["step"] == self._step and name in figures for figures in found)
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Leaves what happens meanwhile out of `images_per_second`."""
+        begun = time.perf_counter()
+        yield
+        if self._started is not None:
+            self._started += time.perf_counter() - begun
+
+    def _lines(self):
+        if not self.metrics_file.exists():
+            return []
+        return self.metrics_file.read_text(errors="replace").splitlines(keepends=True)
 
     def _forget_later_steps(self):
         """Drops lines of steps that were lost when a run was killed and are done again."""
-        if self.metrics_file.exists():
-            lines = self.metrics_file.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if json.loads(line)["step"] <= self._step]
-            if kept != lines:
-                self.metrics_file.write_text("".join(kept))
+        lines = self._lines()
+        kept = [line for line in lines if _figures(line)["step"] <= self._step]
+        if kept != lines:
+            write_text(self.metrics_file, "".join(kept))
 
     def _time(self):
         if self._timed_steps:
@@ -218,11 +249,7 @@ class Watch(keras.callbacks.Callback):
             figures["images_per_second"] = self.images_per_second
         if not all(map(_is_finite, figures.values())):
             raise _diverged("the loss", self._step, self.manager.latest_checkpoint)
-        with self.metrics_file.open("a") as file:
-            file.write(json.dumps({"step": self._step, **figures}) + "\n")
-        with self.writer.as_default(step=self._step):
-            for name, value in figures.items():
-                tf.summary.scalar(name, value)
+        self.write(figures)
         if "projection_std" in figures:
             self._look_for_collapse(figures["projection_std"])
 
@@ -236,6 +263,15 @@ class Watch(keras.callbacks.Callback):
                 projection_std,
             )
         self._collapsed = collapsed
+
+
+def _figures(line):
+    """What a line of metrics.jsonl holds; of one that was cut off, a step that never comes."""
+    try:
+        found = json.loads(line) if line.endswith("\n") else {}
+    except ValueError:
+        found = {}
+    return found if isinstance(found, dict) and "step" in found else {"step": float("inf")}
 
 
 def _is_finite(value):

@@ -6,7 +6,7 @@ import os
 import pathlib
 import sys
 
-from absl import flags
+from absl import flags, logging
 
 from byol_tf import config
 from byol_tf.errors import UserError
@@ -17,6 +17,7 @@ _SHAPE_FLAGS = {flag.name for flag in FLAGS.get_flags_for_module(config.model.__
 # These may change while a run goes on: what is learned stays the same.
 _FREE_FLAGS = {
     *("task", "workdir", "log_every", "checkpoint_every", "max_steps", "data_dir"),
+    *("keep_checkpoints", "knn_every", "use_checkpoint"),
     *("checkpoint", "num_classes", "keep_step"),
     *("eval_split", "embed_split", "embeddings_file", "baselines"),
     *("strategy", "logical_cpus", "augment_on", "deterministic", "intra_op_threads"),
@@ -38,7 +39,8 @@ def read_flags(workdir):
     path = _file(workdir, "flags.txt")
     if not path.exists():
         return {}
-    lines = [line for line in path.read_text().splitlines() if line.startswith("--")]
+    text = path.read_text(errors="replace")
+    lines = [line for line in text.splitlines() if line.startswith("--")]
     names = [line.lstrip("-").split("=")[0] for line in lines]
     return {n if n in FLAGS else n.removeprefix("no"): line for n, line in zip(names, lines)}
 
@@ -80,6 +82,9 @@ def check_flags(saved, pretrain):
     Raises:
       UserError: names the flag, its value there and the mend.
     """
+    if not saved:
+        path = _file(FLAGS.workdir, "flags.txt")
+        logging.warning("%s says nothing: flags are compared as far as the checkpoint tells", path)
     given = own_flags()
     fixed = set(given) - _FREE_FLAGS if pretrain else _SHAPE_FLAGS
     for name in sorted(fixed & saved.keys()):
@@ -115,10 +120,26 @@ def weights_sha256(model):
 
 
 def write_text(path, text):
-    """Writes a whole file or none."""
+    """Writes a whole file or none.
+
+    Raises:
+      UserError: if it cannot be written; what was there before is there still.
+    """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(text)
-    unfinished.replace(path)
+    try:
+        unfinished.write_text(text)
+        unfinished.replace(path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise cannot_write(path, error.strerror) from error
+
+
+def cannot_write(path, reason):
+    """The `UserError` of a file or folder that cannot be written, as on a full disk."""
+    return UserError(
+        f"{path}: cannot be written ({reason}): the checkpoints saved before are whole: make room "
+        "there, and the same command goes on from the last."
+    )
 
 
 def _file(workdir, name):

@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 import byol_tf
-from byol_tf import training
+from byol_tf import checkpoints, training
 from byol_tf.keras_api import keras
 
 
@@ -59,7 +59,7 @@ def model(tiny_encoder):
 @pytest.fixture
 def manager(model, tmp_path):
     checkpoint = tf.train.Checkpoint(model=model)
-    return tf.train.CheckpointManager(checkpoint, str(tmp_path / "checkpoints"), max_to_keep=2)
+    return checkpoints.Manager(checkpoint, tmp_path / "checkpoints")
 
 
 @pytest.fixture

@@ -36,6 +36,20 @@ flags.DEFINE_boolean(
 )
 flags.DEFINE_integer("log_every", 20, "Steps between two lines of metrics.jsonl.", lower_bound=1)
 flags.DEFINE_integer("checkpoint_every", 1, "Epochs between two checkpoints.", lower_bound=1)
+flags.DEFINE_integer("keep_checkpoints", 2, "The last so many are kept.", lower_bound=1)
+flags.DEFINE_integer(
+    "knn_every",
+    0,
+    "Epochs between two measurements, while pretraining, of k-NN on --eval_split; the best "
+    "checkpoint is kept as well. 0: none.",
+    lower_bound=0,
+)
+flags.DEFINE_enum(
+    "use_checkpoint",
+    "last",
+    ("last", "best"),
+    "Of which checkpoint the other tasks take the encoder; best: by --knn_every.",
+)
 flags.DEFINE_integer("seed", 0, "Of every random choice.", lower_bound=0, upper_bound=2**20)
 flags.DEFINE_boolean("deterministic", False, "The same bits on every run; slower.")
 

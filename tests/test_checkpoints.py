@@ -348,7 +348,7 @@ def train(model, tmp_path):
         best = checkpoints.KeepBest(manager, saves.save, measure, every, watch)
         training.train(
             model,
-            lambda step: views(6).skip(step),
+            lambda step, steps: views(6).skip(step).take(steps),
             steps_per_epoch=3,
             epochs=2,
             max_steps=max_steps,

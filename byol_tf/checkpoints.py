@@ -117,7 +117,7 @@ class Manager:
             found = json.loads(path.read_text())
             prefix = path.with_name(f"ckpt-{found['step']:d}")
             return {"checkpoint": str(prefix), **found, "knn_top1": float(found["knn_top1"])}
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
             logging.warning("%s cannot be read (%s): no checkpoint counts as best", path, error)
@@ -250,7 +250,7 @@ def _names(folder):
     """Names of the checkpoints in a folder, the newest last."""
     try:
         state = (folder / "checkpoint").read_text(errors="replace")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         state = ""
     names = [pathlib.Path(path).name for path in _LISTED.findall(state)]
     names = [name for name in names if _PREFIX.fullmatch(name)]

@@ -13,7 +13,7 @@ from byol_tf import deepmind, evaluation, resnet, training, workdir
 from byol_tf.data import views
 from byol_tf.data.source import load_source
 from byol_tf.embed import write_embeddings
-from byol_tf.errors import UserError
+from byol_tf.errors import UserError, reason
 from byol_tf.export import export_encoder
 from byol_tf.keras_api import keras
 from byol_tf.model import BYOL
@@ -43,7 +43,22 @@ def run():
         tf.config.experimental.enable_op_determinism()
     _check_inputs(tasks)
     for task in tasks:
-        TASKS[task]()
+        with _faults_of_images(task):
+            TASKS[task]()
+
+
+@contextlib.contextmanager
+def _faults_of_images(task):
+    """Tells in one line of images that turn out to be unreadable while the task runs."""
+    try:
+        yield
+    except tf.errors.OpError as error:
+        if "IteratorGetNext" not in error.message:  # not from the input pipeline
+            raise
+        logging.info("looking for what cannot be read: %s", reason(error))
+        faults = (_source(split).find_fault() for split in _splits([task]))
+        fault = next(filter(None, faults), f"--dataset={FLAGS.dataset}: {reason(error)}")
+        raise UserError(f"{fault}. The same command goes on from the last checkpoint.") from error
 
 
 def _check_inputs(tasks):
@@ -52,13 +67,7 @@ def _check_inputs(tasks):
     Raises:
       UserError: if a split cannot be read or is empty, or the workdir cannot be written.
     """
-    splits = {
-        "pretrain": [FLAGS.train_split],
-        "knn": [FLAGS.train_split, FLAGS.eval_split],
-        "linear_eval": [FLAGS.train_split, FLAGS.eval_split],
-        "embed": [FLAGS.embed_split],
-    }
-    for split in dict.fromkeys(split for task in tasks for split in splits.get(task, ())):
+    for split in _splits(tasks):
         if split == FLAGS.eval_split and not _source(FLAGS.train_split).class_names:
             continue  # nothing to evaluate: the tasks say so and go on
         if not _source(split).num_examples:
@@ -79,6 +88,17 @@ def _check_inputs(tasks):
         raise UserError(
             f"--workdir={FLAGS.workdir}: {error.strerror}: choose a folder that can be written."
         ) from error
+
+
+def _splits(tasks):
+    """The splits that the tasks read, each once."""
+    splits = {
+        "pretrain": [FLAGS.train_split],
+        "knn": [FLAGS.train_split, FLAGS.eval_split],
+        "linear_eval": [FLAGS.train_split, FLAGS.eval_split],
+        "embed": [FLAGS.embed_split],
+    }
+    return list(dict.fromkeys(split for task in tasks for split in splits.get(task, ())))
 
 
 @functools.lru_cache(maxsize=None)

@@ -30,7 +30,7 @@ def main(argv):
 
 
 def photographs(photos, peer):
-    how = {"image_size": 224, "batch_size": 50, "batches": 24}
+    how = {"image_size": 224, "batch_size": 50, "batches": 48}
     ours = {"dataset": "image_folder", "data_dir": str(photos), "split": "all", **how}
     workers = [
         measure.ours("byol_tf", "pipeline", ours),
@@ -44,13 +44,13 @@ def photographs(photos, peer):
 def cifar10(array, peer):
     how = {"image_size": 32, "batch_size": 250}
     ours = {"dataset": "cifar10", "data_dir": FLAGS.cifar10, "split": "train", **how}
-    workers = [measure.ours("byol_tf", "pipeline", {"batches": 80, **ours})]
+    workers = [measure.ours("byol_tf", "pipeline", {"batches": 160, **ours})]
     if peer:
         import tensorflow_datasets as tfds
 
         images = tfds.load("cifar10", split="train", data_dir=FLAGS.cifar10, download=False)
         np.save(array, np.stack([example["image"] for example in tfds.as_numpy(images)]))
-        workers.append(measure.peer(peer, "pipeline", {"images": str(array), "batches": 40, **how}))
+        workers.append(measure.peer(peer, "pipeline", {"images": str(array), "batches": 60, **how}))
     return measure.summary(measure.take_turns(workers, FLAGS.rounds), workers[-1].name)
 
 

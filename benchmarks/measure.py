@@ -13,6 +13,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import time
 
 from absl import flags
 
@@ -24,6 +25,7 @@ flags.DEFINE_string(
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "performance"
 PAGE = ROOT / "docs" / "performance.md"
+_SETTLING = 2  # seconds, in which who had the last turn fills its queues again
 
 
 class Worker:
@@ -110,6 +112,7 @@ def take_turns(workers, rounds):
     results = {worker.name: [] for worker in workers}
     for _ in range(rounds):
         for worker in workers:
+            time.sleep(_SETTLING)
             results[worker.name].append(worker.round())
     for worker in workers:
         worker.close()

@@ -6,7 +6,7 @@ import sys
 from absl import app, flags
 
 from byol_tf import config, workdir
-from byol_tf.errors import UserError
+from byol_tf.errors import UserError, one_line
 
 FLAGS = flags.FLAGS
 PREEMPTED = 75  # EX_TEMPFAIL: run the same command again
@@ -23,13 +23,18 @@ def parse(argv):
         lines = [line for name, line in saved.items() if name not in ("task", "workdir")]
         FLAGS.unparse_flags()
         return FLAGS([argv[0], *lines, *argv[1:]])
-    except flags.Error as error:
-        sys.exit(f"error: {str(error).removeprefix('ERROR:: ')}")
+    except (flags.Error, UserError) as error:
+        sys.exit(f"error: {one_line(error).removeprefix('ERROR:: ')}")
+    # What absl lets pass: a flagfile that is not text, a wrong --stderrthreshold, and, from its
+    # search for the flag that was meant or among flagfiles, a recursion without end.
+    except (OSError, ValueError, RecursionError) as error:
+        given = one_line(" ".join(argv[1:]))
+        sys.exit(f"error: {given}: flags that cannot be read ({one_line(error)}).")
 
 
 def main(argv):
     if len(argv) > 1:
-        sys.exit(f"error: {argv[1]!r} is not a flag: write --name=value.")
+        sys.exit(f"error: {one_line(repr(argv[1]))} is not a flag: write --name=value.")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # its notices hide ours
     # These load TensorFlow, which --help and a wrong flag need not await.
     from byol_tf import tasks

@@ -1,5 +1,29 @@
-"""The error that a user can mend."""
+"""The error that a user can mend, and how those of others are told in one line."""
+
+import re
+
+_LENGTH = 300  # of what others say, in characters
+# What TensorFlow says around its message: where in its graph, and where in which code.
+_PLACES = re.compile(
+    r"Graph execution error:|Detected at node .*|<stack traces unavailable>|^\s+File \".*\n.*"
+    r"|\{\{.*?\}\}|\[\[.*?\]\]|\[Op:.*|.* root error\(s\) found\.|^\s*\(\d\)\s*\w+:"
+    r"|\d+ successful operations\.|\d+ derived errors ignored\.",
+    re.MULTILINE,
+)
 
 
 class UserError(ValueError):
     """What was given cannot be used. The message is one line that says what and the mend."""
+
+
+def one_line(text):
+    """What somebody says, such as an exception, in one line of bearable length."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+    return line if len(line) <= _LENGTH else line[:_LENGTH] + "..."
+
+
+def reason(error):
+    """What a `tf.errors.OpError` says, without where in TensorFlow it says it."""
+    message = _PLACES.sub("", error.message)
+    message = re.sub(r".*Summarized data: b'(.*?)'", r"\1", message, flags=re.DOTALL)
+    return one_line(message) or type(error).__name__

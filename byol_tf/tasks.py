@@ -21,7 +21,7 @@ from byol_tf import (
 from byol_tf.data import views
 from byol_tf.data.source import load_source
 from byol_tf.embed import write_embeddings
-from byol_tf.errors import UserError
+from byol_tf.errors import UserError, reason
 from byol_tf.export import export_encoder
 from byol_tf.keras_api import keras
 from byol_tf.model import BYOL
@@ -62,7 +62,22 @@ def run():
             checkpoints.remove_leftovers(_folder())
     for task in tasks:
         if task == "pretrain" or chief:
-            TASKS[task]()
+            with _faults_of_images(task):
+                TASKS[task]()
+
+
+@contextlib.contextmanager
+def _faults_of_images(task):
+    """Tells in one line of images that turn out to be unreadable while the task runs."""
+    try:
+        yield
+    except tf.errors.OpError as error:
+        if "IteratorGetNext" not in error.message:  # not from the input pipeline
+            raise
+        logging.info("looking for what cannot be read: %s", reason(error))
+        faults = (_source(split).find_fault() for split in _splits([task]))
+        fault = next(filter(None, faults), f"--dataset={FLAGS.dataset}: {reason(error)}")
+        raise UserError(f"{fault}. The same command goes on from the last checkpoint.") from error
 
 
 def _check_inputs(tasks):
@@ -71,13 +86,7 @@ def _check_inputs(tasks):
     Raises:
       UserError: if a split cannot be read or is empty, or the workdir cannot be written.
     """
-    splits = {
-        "pretrain": [FLAGS.train_split] + ([FLAGS.eval_split] if FLAGS.knn_every else []),
-        "knn": [FLAGS.train_split, FLAGS.eval_split],
-        "linear_eval": [FLAGS.train_split, FLAGS.eval_split],
-        "embed": [FLAGS.embed_split],
-    }
-    for split in dict.fromkeys(split for task in tasks for split in splits.get(task, ())):
+    for split in _splits(tasks):
         if split == FLAGS.eval_split and not _source(FLAGS.train_split).class_names:
             continue  # nothing to evaluate: the tasks say so and go on
         if not _source(split).num_examples:
@@ -109,6 +118,17 @@ def _check_use_checkpoint(tasks):
     made = "pretrain" in tasks and FLAGS.knn_every and _source(FLAGS.train_split).class_names
     if not made:
         _checkpoints().best_whole()
+
+
+def _splits(tasks):
+    """The splits that the tasks read, each once."""
+    splits = {
+        "pretrain": [FLAGS.train_split] + ([FLAGS.eval_split] if FLAGS.knn_every else []),
+        "knn": [FLAGS.train_split, FLAGS.eval_split],
+        "linear_eval": [FLAGS.train_split, FLAGS.eval_split],
+        "embed": [FLAGS.embed_split],
+    }
+    return list(dict.fromkeys(split for task in tasks for split in splits.get(task, ())))
 
 
 @functools.lru_cache(maxsize=None)

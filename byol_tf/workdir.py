@@ -35,11 +35,17 @@ def own_flags():
 
 
 def read_flags(workdir):
-    """The lines of the workdir's flags.txt, by flag name; none where there is no run yet."""
-    path = _file(workdir, "flags.txt")
-    if not path.exists():
-        return {}
-    text = path.read_text(errors="replace")
+    """The lines of the workdir's flags.txt, by flag name; none where there is no run yet.
+
+    Raises:
+      UserError: if it cannot be read, or there can be no such workdir.
+    """
+    try:
+        path = _file(workdir, "flags.txt")
+        text = path.read_text() if path.exists() else ""
+    # RuntimeError for the home of an unknown user, ValueError for what is no text.
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"--workdir={workdir}: flags.txt: {error}: mend or remove it.") from error
     lines = [line for line in text.splitlines() if line.startswith("--")]
     names = [line.lstrip("-").split("=")[0] for line in lines]
     return {n if n in FLAGS else n.removeprefix("no"): line for n, line in zip(names, lines)}

@@ -5,22 +5,21 @@ import hashlib
 import json
 import os
 import pathlib
-import re
 
 import tensorflow as tf
 from absl import logging
 
 from byol_tf.data import decode
 from byol_tf.data.source import Source
-from byol_tf.errors import UserError
+from byol_tf.errors import UserError, reason
 
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif")
 _OTHER_EXTENSIONS = (".webp", ".tif", ".tiff", ".avif", ".heic", ".jp2", ".svg")
 _SPLIT_FOLDERS = {"train": "train", "test": "test", "validation": "validation", "val": "validation"}
 _TEST_SHARE = 10  # one of so many files is for testing, where there are no split folders
-# A small file can claim to be an image that does not fit into memory.
-_MAX_PIXELS = 100_000_000
-_DECODER = f"1, TensorFlow {tf.__version__}"  # raise the number when `decode` changes
+# More than an image of `decode.MAX_PIXELS` takes, even as a PNG of 8 bytes a pixel.
+_MAX_BYTES = 2**30
+_DECODER = f"2, TensorFlow {tf.__version__}"  # raise the number when `decode` changes
 
 
 def load(split, data_dir):
@@ -163,11 +162,35 @@ def _source(root, names, class_names, depth):
         class_names=class_names,
         image_shape=None,
         read=lambda record: tf.io.read_file(record["path"]),
+        find_fault=lambda: _find_change(root, names),
     )
 
 
 def _verified(root, names):
-    """`names` without the files that cannot be decoded, which are logged with the reason.
+    """`names` without the files that cannot be decoded, which are logged with the reason."""
+    faults = _faults(root, names)
+    skipped = [name for name in names if faults[name]]
+    for name in skipped:
+        logging.warning("skipped %s: %s", root / name, faults[name])
+    if skipped:
+        logging.warning("skipped %d of %d files", len(skipped), len(names))
+    return [name for name in names if not faults[name]]
+
+
+def _find_change(root, names):
+    """What is wrong with files that were sound when the run began, or None; see `Source`."""
+    faults = _faults(root, names)
+    lost = [name for name in names if faults[name]]
+    if not lost:
+        return None
+    return (
+        f"--data_dir={root}: {len(lost)} of {len(names)} images can no longer be read, such as "
+        f"{lost[0]} ({faults[lost[0]]}): put them back, or go on without them"
+    )
+
+
+def _faults(root, names):
+    """A dict from name to why the file cannot be used, or to None.
 
     Every file is decoded once; what came of it is kept for the next start.
     """
@@ -181,12 +204,7 @@ def _verified(root, names):
             faults = pool.map(_fault, [root / name for name in new])
             checked.update({name: [stamps[name], fault] for name, fault in zip(new, faults)})
         _write_cache(cache_file, checked)
-    skipped = [name for name in names if checked[name][1]]
-    for name in skipped:
-        logging.warning("skipped %s: %s", root / name, checked[name][1])
-    if skipped:
-        logging.warning("skipped %d of %d files", len(skipped), len(names))
-    return [name for name in names if not checked[name][1]]
+    return {name: checked[name][1] for name in names}
 
 
 def _stamp(path):
@@ -203,25 +221,20 @@ def _fault(path):
     try:
         if not path.is_file():  # a pipe would be waited for
             return "not a file"
+        if path.stat().st_size > _MAX_BYTES:
+            return f"{path.stat().st_size} bytes, more than {_MAX_BYTES}"
         encoded = path.read_bytes()
         if not encoded:
             return "empty"
         height, width = decode.image_size(encoded).numpy().tolist()
-        if not 0 < height * width <= _MAX_PIXELS:
-            return f"{width}x{height} pixels, not between 1 and {_MAX_PIXELS}"
+        if not 0 < height * width <= decode.MAX_PIXELS:
+            return f"{width}x{height} pixels, not between 1 and {decode.MAX_PIXELS}"
         decode.decode(encoded)
     except OSError as error:
         return error.strerror
     except tf.errors.OpError as error:
-        return _one_line(error.message)
+        return reason(error)
     return None
-
-
-def _one_line(message):
-    """What TensorFlow says, without where it says it."""
-    message = re.sub(r"^\{\{.*?\}\} | \[Op:.*", "", message, flags=re.DOTALL)
-    message = re.sub(r".*Summarized data: b'(.*)'", r"\1", message, flags=re.DOTALL)
-    return " ".join(message.split())
 
 
 def _cache_file(root):
@@ -234,8 +247,9 @@ def _read_cache(cache_file):
     """A dict from name to [stamp, fault], empty where there is none from this decoder."""
     try:
         cache = json.loads(cache_file.read_text())
-        return cache["files"] if cache["decoder"] == _DECODER else {}
-    except (OSError, ValueError, KeyError, TypeError):
+        files = cache["files"].items() if cache["decoder"] == _DECODER else ()
+        return {name: [stamp, fault] for name, (stamp, fault) in files}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
 
 

@@ -8,10 +8,10 @@ from collections.abc import Callable
 import tensorflow as tf
 from absl import logging
 
-from byol_tf.errors import UserError
+from byol_tf.data import decode
+from byol_tf.errors import UserError, one_line, reason
 
 _NETWORK_TIMEOUT = 10  # seconds; TFDS itself retries for minutes
-_REASON_LENGTH = 300  # of what TFDS says, in characters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +28,8 @@ class Source:
       read: where the images are files of their own, the records have no "image" but what
         this function of a record needs to read it, so that they can be shuffled and skipped
         unread.
+      find_fault: to call after an error: looks for what cannot be read, which may take as long
+        as an epoch, and tells it in one line (else None).
     """
 
     dataset: tf.data.Dataset
@@ -35,6 +37,7 @@ class Source:
     class_names: tuple | None
     image_shape: tuple | None
     read: Callable | None = None
+    find_fault: Callable = lambda: None
 
     def example(self, record):
         """A record with its encoded image: "index", "image", "label" and "name"."""
@@ -88,11 +91,12 @@ def _builder(dataset, data_dir):
             f"--dataset={dataset}: no such data set; try {close}, or another of "
             "https://www.tensorflow.org/datasets/catalog."
         ) from error
-    # AssertionError for a wrong version; others for a wrong configuration or a bad name.
-    except (ValueError, AssertionError, ImportError, RuntimeError) as error:
+    # AssertionError for a wrong version, others for a wrong configuration, a bad name or, of any
+    # kind, for files of a prepared data set that are broken.
+    except Exception as error:
         raise UserError(
             f"--dataset={dataset}: TFDS cannot open it; give NAME, NAME/CONFIG or NAME:VERSION "
-            f"({_one_line(error)})."
+            f"({one_line(error)})."
         ) from error
 
 
@@ -110,7 +114,7 @@ def _prepare(builder, dataset, data_dir):
         where = f"--data_dir={data_dir}" if data_dir else "~/tensorflow_datasets"
         raise UserError(
             f"--dataset={dataset}: not prepared under {where}, and could not be now "
-            f"({type(error).__name__}: {_one_line(error)}): {_mend(dataset, data_dir)}."
+            f"({type(error).__name__}: {one_line(error)}): {_mend(dataset, data_dir)}."
         ) from error
 
 
@@ -130,11 +134,6 @@ def _check_network(builder):
     urls = [url for url in builder.url_infos or () if url.startswith("http")]
     if urls and not builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
         requests.head(urls[0], timeout=_NETWORK_TIMEOUT)
-
-
-def _one_line(error):
-    line = " ".join(str(error).split())
-    return line if len(line) <= _REASON_LENGTH else line[:_REASON_LENGTH] + "..."
 
 
 def _read(builder, dataset, split):
@@ -177,12 +176,58 @@ def _read(builder, dataset, split):
         }
 
     height, width = features["image"].shape[:2]
+    images = examples.enumerate().map(as_example)
+    height, width = features["image"].shape[:2]
+    shape = (height, width, 3) if height and width else None
     return Source(
-        dataset=examples.enumerate().map(as_example),
+        dataset=images,
         num_examples=num_examples,
         class_names=tuple(label.names) if has_label else None,
-        image_shape=(height, width, 3) if height and width else None,
+        image_shape=shape,
+        find_fault=lambda: _find_fault(builder, dataset, split, images, shape),
     )
+
+
+def _find_fault(builder, dataset, split, images, shape):
+    """What is wrong with the files or the images of a prepared data set, or None; see `Source`."""
+    fault = _fault_of_files(builder, split) or _fault_of_images(images, shape)
+    return fault and f"--dataset={dataset}: {fault}"
+
+
+def _fault_of_files(builder, split):
+    """Which file of a split does not hold the records that it should, or None."""
+    for part in builder.info.splits[split].file_instructions:
+        try:
+            found = sum(1 for _ in tf.data.TFRecordDataset(part.filename))
+            fault = f"{found} records, not {part.examples_in_shard}"
+        except tf.errors.OpError as error:
+            found, fault = None, reason(error)
+        if found != part.examples_in_shard:
+            return f"{part.filename} is broken ({fault}): prepare the data set anew"
+    return None
+
+
+def _fault_of_images(images, shape):
+    """Which image of a data set cannot be decoded, or is not of `shape`, or None."""
+
+    def decoded(example):
+        return tf.ensure_shape(decode.decode(example["image"]), shape or (None, None, 3))
+
+    @tf.autograph.experimental.do_not_convert
+    def place(example):
+        with tf.control_dependencies([tf.identity(decoded(example))]):
+            return tf.identity(example["index"])
+
+    sound = images.map(place, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    for expected, index in enumerate(sound.ignore_errors()):
+        if index != expected:
+            (example,) = images.skip(expected).take(1)
+            try:
+                decoded(example)
+            except tf.errors.OpError as error:
+                name = example["name"].numpy().decode(errors="replace")
+                return f"the image {name} cannot be decoded ({reason(error)}): take it out"
+    return None
 
 
 def _feature(features, name):

@@ -3,17 +3,16 @@
 import pathlib
 import tempfile
 
-from absl import app, flags
+from absl import flags
 
 from benchmarks import measure
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("photos", None, "Folder of photographs in class folders.", required=True)
-flags.DEFINE_integer("rounds", 3, "Turns of each.")
+measure.define_flags(rounds=3, with_peer=True)
 
 
-def main(argv):
-    del argv
+def main():
     peer = measure.peer_python()
     how = {"encoder": "resnet50", "image_size": 224, "batch_size": 50}
     with tempfile.TemporaryDirectory() as folder:
@@ -23,8 +22,8 @@ def main(argv):
             workers.append(measure.peer(peer, "embed", {"images": photos, **how}))
         results = measure.take_turns(workers, FLAGS.rounds)
     parts = {"ResNet-50, 224 px": measure.summary(results, workers[-1].name)}
-    measure.write("embed", "photographs to embeddings", "images/s", parts, peer)
+    measure.report("embed", "photographs to embeddings", "images/s", parts, peer)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    measure.run(main)

@@ -9,16 +9,15 @@ import sys
 import tempfile
 import time
 
-from absl import app, flags
+from absl import flags
 
 from benchmarks import measure
 
 FLAGS = flags.FLAGS
-flags.DEFINE_integer("rounds", 3, "Runs of each.")
+measure.define_flags(rounds=3)
 
 
-def main(argv):
-    del argv
+def main():
     with tempfile.TemporaryDirectory() as folder:
         commands = {
             "quickstart, one step": lambda i: [
@@ -33,7 +32,7 @@ def main(argv):
         for i in range(FLAGS.rounds):
             for name, command in commands.items():
                 results[name].append({"rate": seconds(command(i)), "peak_mb": 0.0})
-    measure.write(
+    measure.report(
         "first_step", "start", "seconds", {"a new process": measure.summary(results, None)}
     )
 
@@ -45,4 +44,4 @@ def seconds(command):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    measure.run(main)

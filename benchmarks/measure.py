@@ -10,22 +10,44 @@ import json
 import os
 import pathlib
 import platform
+import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 
-from absl import flags
+from absl import app, flags
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string(
-    "peer_python", None, "An interpreter that has torch, torchvision and lightly, to compare with."
-)
+flags.disclaim_key_flags()  # --help lists them as the benchmark's own
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "performance"
 PAGE = ROOT / "docs" / "performance.md"
 _SETTLING = 2  # seconds, in which who had the last turn fills its queues again
+
+
+def define_flags(rounds, with_peer=False):
+    """The flags that the benchmarks share. Args: rounds: how many by default."""
+    flags.DEFINE_integer("rounds", rounds, "Turns of each.", lower_bound=1)
+    flags.DEFINE_bool("write", False, "Put the table into docs/performance.md, with its JSON.")
+    if with_peer:
+        flags.DEFINE_string(
+            "peer_python", None, "Interpreter with torch, torchvision and lightly, to compare with."
+        )
+
+
+def run(main):
+    """Parses the flags and calls main, without arguments."""
+
+    def checked_main(argv):
+        if argv[1:]:
+            raise SystemExit(f"error: {argv[1]!r} is not a flag.")
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # closes the workers on its way out
+        main()
+
+    app.run(checked_main)
 
 
 class Worker:
@@ -41,13 +63,14 @@ class Worker:
 
     def __init__(self, name, command, python=sys.executable, env=None, cores=None):
         self.name = name
+        self.errors = None if os.environ.get("BENCHMARK_DEBUG") else tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
             [python, *command],
             cwd=ROOT,
             env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", **(env or {})},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL if not os.environ.get("BENCHMARK_DEBUG") else None,
+            stderr=self.errors,
             text=True,
             preexec_fn=functools.partial(os.sched_setaffinity, 0, cores) if cores else None,
         )
@@ -67,11 +90,15 @@ class Worker:
         for line in self.process.stdout:
             if line.startswith("{"):  # libraries may print too
                 return json.loads(line)
-        raise SystemExit(f"error: {self.name} failed: set BENCHMARK_DEBUG=1 to see why.")
+        reason = "see above"
+        if self.errors:
+            self.errors.seek(0)
+            reason = f"{_last_line(self.errors.read())} (BENCHMARK_DEBUG=1 shows all)"
+        raise SystemExit(f"error: {self.name} failed: {reason}")
 
     def close(self):
-        self.process.stdin.close()
-        self.process.wait()
+        self.process.terminate()
+        self.process.communicate()  # closes the pipes and waits
 
 
 class Together:
@@ -106,16 +133,20 @@ def take_turns(workers, rounds):
 
     Returns: dict from the worker's name to a list of what its rounds printed.
     """
-    for worker in workers:
-        worker.ready()
-        worker.round()
     results = {worker.name: [] for worker in workers}
-    for _ in range(rounds):
+    try:
         for worker in workers:
-            time.sleep(_SETTLING)
-            results[worker.name].append(worker.round())
-    for worker in workers:
-        worker.close()
+            worker.ready()
+            worker.round()
+            print(f"{worker.name}: ready", flush=True)
+        for i in range(rounds):
+            for worker in workers:
+                time.sleep(_SETTLING)
+                results[worker.name].append(worker.round())
+            print(f"round {i + 1} of {rounds}", flush=True)
+    finally:
+        for worker in workers:
+            worker.close()
     return results
 
 
@@ -160,20 +191,33 @@ def cpu():
         fields = {key.strip(): value.strip() for key, value in lines}
         name = fields.get("model name", name)
         name += " with AMX" if "amx_tile" in fields.get("flags", "") else ""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{name}, {cores} cores"
+    return f"{name}, {len(cores()) or os.cpu_count()} cores"
+
+
+def cores():
+    """The cores that this process may use, a sorted list; empty where that cannot be said."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 
 
 def peer_python():
     """The interpreter of --peer_python, or this one, if it can run the peer; else None."""
     python = FLAGS.peer_python or sys.executable
-    imports = [python, "-c", "import torch, torchvision, lightly"]
-    if subprocess.run(imports, capture_output=True).returncode == 0:
+    try:
+        imports = [python, "-c", "import torch, torchvision, lightly"]
+        subprocess.run(imports, capture_output=True, text=True, check=True)
         return python
+    except OSError as error:
+        reason = error.strerror
+    except subprocess.CalledProcessError as error:
+        reason = _last_line(error.stderr)
     if FLAGS.peer_python:
-        raise SystemExit(f"error: --peer_python={python}: torch, torchvision or lightly is absent.")
-    print("torch, torchvision and lightly are not installed: byol_tf alone is measured")
+        raise SystemExit(f"error: --peer_python={python}: {reason}")
+    print(f"byol_tf alone is measured: {reason}")
     return None
+
+
+def _last_line(text):
+    return (text.strip().splitlines() or ["no message"])[-1]
 
 
 def ours(name, subject, arguments, **how):
@@ -189,18 +233,21 @@ def peer(python, subject, arguments):
 
 def many_photos(photos, folder, copies=10):
     """A folder with links to so many copies of the photographs, in their class folders."""
-    for path in sorted(pathlib.Path(photos).resolve().glob("*/*")):
+    paths = sorted(pathlib.Path(photos).resolve().glob("*/*"))
+    if not paths:
+        raise SystemExit(f"error: --photos={photos}: no class folders with photographs there.")
+    for path in paths:
         (folder / path.parent.name).mkdir(parents=True, exist_ok=True)
         for i in range(copies):
             (folder / path.parent.name / f"{i}-{path.name}").symlink_to(path)
     return folder
 
 
-def write(name, title, unit, parts, peer_python=None):
-    """Writes the figures of a benchmark as JSON, and as a table into docs/performance.md.
+def report(name, title, unit, parts, peer_python=None):
+    """Prints the figures of a benchmark as a table; --write puts it into docs/performance.md.
 
     Args:
-      name: of the file and of the table's place in the page.
+      name: of the JSON file and of the table's place in the page.
       title, unit: of the table; the unit of the rates.
       parts: dict from what was done to rows, of `summary`.
       peer_python: interpreter of the peer, whose versions are noted.
@@ -213,13 +260,26 @@ def write(name, title, unit, parts, peer_python=None):
         "cpu": cpu(),
         "python": platform.python_version(),
         "versions": versions,
+        "title": title,
         "unit": unit,
         "results": parts,
     }
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
+    print(table(record))
+    if FLAGS.write:
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
+        _insert(name, table(record))
+
+
+def table(record):
+    """The Markdown of a record of `report`."""
+    parts = record["results"]
+    compared = [rows for rows in parts.values() if any("ratio" in row for row in rows.values())]
+    than = {who for rows in compared for who, row in rows.items() if "ratio" not in row}
+    ratio_to = f"ratio to {' or '.join(sorted(than))}" if than else ""
     lines = [
-        f"| {title} | {unit}, median | lowest to highest | ratio | peak memory, MB |",
+        f"| {record['title']} | {record['unit']}, median | lowest to highest | {ratio_to} "
+        "| peak memory, MB |",
         "|---|---|---|---|---|",
     ]
     for part, rows in parts.items():
@@ -230,11 +290,9 @@ def write(name, title, unit, parts, peer_python=None):
                 f"| {part}: {who} | {row['median']:.4g} | {row['lowest']:.4g} to "
                 f"{row['highest']:.4g} | {ratio} | {peak} |"
             )
-    stack = ", ".join(f"{package} {version}" for package, version in versions.items())
+    stack = ", ".join(f"{package} {version}" for package, version in record["versions"].items())
     lines += ["", f"`{record['command']}` on {record['cpu']}; {stack}."]
-    table = "\n".join(lines)
-    print(table)
-    _insert(name, table)
+    return "\n".join(lines)
 
 
 def _insert(name, table):

@@ -2,49 +2,28 @@
 
 import itertools
 import json
-import os
 import sys
 
 import tensorflow as tf
 
 import byol_tf
 from benchmarks.worker import serve
-from byol_tf.data import crop
 from byol_tf.keras_api import keras
 
 
-def pipeline(dataset, data_dir, split, image_size, batch_size, batches):
-    """Images from disk to two full views."""
+def pipeline(dataset, data_dir, split, image_size, batch_size, batches, augment_on="host"):
+    """Images from disk to two full views, or, with "accelerator", to two crops."""
     source = byol_tf.load_source(dataset, split, data_dir)
-    endless = byol_tf.pretrain_batches(
-        source, image_size=image_size, batch_size=batch_size, epochs=10_000
+    endless = iter(
+        byol_tf.pretrain_batches(
+            source,
+            **{"image_size": image_size, "batch_size": batch_size, "epochs": 10_000},
+            augment_on=augment_on,
+        )
     )
-    return _taking(endless, batches, batch_size)
-
-
-def two_crops(dataset, data_dir, split, image_size, batch_size, batches):
-    """The least that two views of a JPEG need: two crops decoded and resized, nothing else."""
-    source = byol_tf.load_source(dataset, split, data_dir)
-
-    def crops(record):
-        encoded = source.example(record)["image"]
-        height, width = tf.unstack(tf.io.extract_jpeg_shape(encoded)[:2])
-        crops = []
-        for draws in tf.unstack(tf.random.uniform([2, crop.NUM_DRAWS])):
-            box = crop.random_crop_boxes(height, width, draws)
-            pixels = tf.io.decode_and_crop_jpeg(encoded, box, channels=3)
-            crops.append(tf.image.resize(pixels, [image_size, image_size]))
-        return crops
-
-    records = source.dataset.repeat().map(crops, num_parallel_calls=max(2, os.cpu_count()))
-    return _taking(records.batch(batch_size).prefetch(2), batches, batch_size)
-
-
-def _taking(dataset, batches, batch_size):
-    iterator = iter(dataset)
 
     def do_round():
-        for _ in itertools.islice(iterator, batches):
+        for _ in itertools.islice(endless, batches):
             pass
         return batches * batch_size
 
@@ -165,7 +144,7 @@ def embed(encoder, data_dir, image_size, batch_size):
 SUBJECTS = {
     function.__name__: function
     for function in (
-        *(pipeline, two_crops, embed),
+        *(pipeline, embed),
         *(step, compiled_step, target_update, matmuls),
     )
 }

@@ -5,24 +5,26 @@ function and the target's update, without `fit`, which holds up its own end wher
 several replicas (docs/performance.md).
 """
 
+import contextlib
 import json
-import os
+import socket
 
-from absl import app, flags
+from absl import flags
 
 from benchmarks import measure
 
 FLAGS = flags.FLAGS
-flags.DEFINE_integer("rounds", 5, "Turns of each.")
+measure.define_flags(rounds=5)
 HOW = {
     **{"encoder": "resnet18", "stem": "small", "image_size": 32, "precision": "float32"},
     **{"batch_size": 32, "steps": 2, "threads": 1, "with_update": True},
 }
 
 
-def main(argv):
-    del argv
-    first, second = ({core} for core in sorted(os.sched_getaffinity(0))[:2])
+def main():
+    if len(measure.cores()) < 2:
+        raise SystemExit("error: needs Linux and two cores that this process may use.")
+    first, second = ({core} for core in measure.cores()[:2])
     one = measure.ours("one replica, one core", "compiled_step", HOW, cores=first)
     mirrored = measure.ours(
         "MirroredStrategy, two",
@@ -30,7 +32,7 @@ def main(argv):
         {**HOW, "strategy": "mirrored"},
         cores=first | second,
     )
-    addresses = ["localhost:23457", "localhost:23458"]
+    addresses = _free_addresses(2)
     processes = [
         measure.ours(
             f"process {i}",
@@ -45,7 +47,13 @@ def main(argv):
     parts = {
         "ResNet-18, 32 px": measure.summary(measure.take_turns(workers, FLAGS.rounds), one.name)
     }
-    measure.write("scaling", "weak scaling, batch 32 a replica", "steps/s", parts)
+    measure.report("scaling", "weak scaling, batch 32 a replica", "steps/s", parts)
+
+
+def _free_addresses(count):
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_server(("", 0))) for _ in range(count)]
+        return [f"localhost:{free.getsockname()[1]}" for free in sockets]
 
 
 def _tf_config(addresses, index):
@@ -54,4 +62,4 @@ def _tf_config(addresses, index):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    measure.run(main)

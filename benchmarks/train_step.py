@@ -5,14 +5,16 @@ Beside it: the compiled function and the target's update alone, and as many floa
 operations as the convolutions have in large matrix products, which is the floor in float32.
 """
 
-from absl import app, flags
+from absl import flags
 
 from benchmarks import measure
 
 FLAGS = flags.FLAGS
-flags.DEFINE_integer("rounds", 5, "Turns of each.")
-flags.DEFINE_integer("steps", 2, "Steps a turn.")
-flags.DEFINE_list("precisions", ["float32", "bfloat16"], "float32, bfloat16.")
+measure.define_flags(rounds=5, with_peer=True)
+flags.DEFINE_integer("steps", 5, "Steps a turn.", lower_bound=1)
+flags.DEFINE_multi_enum(
+    "precisions", ["float32", "bfloat16"], ["float32", "bfloat16"], "Once for each."
+)
 
 # Multiplications and additions of one image's way forward, in 1e9.
 GFLOP = {"resnet18": 1.11, "resnet50": 8.2}
@@ -33,8 +35,7 @@ ENCODERS = {
 }
 
 
-def main(argv):
-    del argv
+def main():
     peer = measure.peer_python()
     parts = {}
     for name, encoder in ENCODERS.items():
@@ -42,7 +43,7 @@ def main(argv):
             workers = workers_of({**encoder, "precision": precision}, peer)
             results = measure.take_turns(workers, FLAGS.rounds)
             parts[f"{name}, {precision}"] = measure.summary(results, workers[-1].name)
-    measure.write("train_step", "training step", "steps/s", parts, peer)
+    measure.report("train_step", "training step", "steps/s", parts, peer)
 
 
 def workers_of(how, peer):
@@ -60,4 +61,4 @@ def workers_of(how, peer):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    measure.run(main)

@@ -179,6 +179,11 @@ def test_blur(size, sigma):
     np.testing.assert_allclose(result, expected, atol=2e-6)
 
 
+def test_a_sigma_of_0_leaves_all_as_it_is():
+    images = pictures(2)
+    np.testing.assert_array_equal(by_planes(augment.gaussian_blur, images, 0.0), images)
+
+
 @pytest.mark.parametrize(("size", "width"), [(32, 3), (96, 9), (224, 23)])
 def test_blur_as_in_tensorflow_addons(size, width):
     filters = pytest.importorskip("tensorflow_addons").image
@@ -286,6 +291,17 @@ def test_whole_in_its_order():
             image = numpy_blur(image, 0.1 + 1.9 * row["sigma"])
             image = np.where(image < 0.5, image, 1 - image)
             np.testing.assert_allclose(value, as_normalized(image), atol=2e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 9, 3), (2, 8, 8, 4), (8, 8, 3), (2, None, None, 3)])
+def test_images_that_are_not_square_are_refused(shape):
+    draws = make_draws(2)
+
+    def call(images):
+        return augment.augment(images, draws, VIEW_1)
+
+    with pytest.raises(ValueError, match="must be"):
+        tf.function(call).get_concrete_function(tf.TensorSpec(shape))
 
 
 def test_from_bytes_to_normalized_floats():

@@ -1,11 +1,13 @@
 """The benchmarks run, and write what they measured; how fast is not tested here."""
 
 import json
+import subprocess
 import sys
+import types
 
 import pytest
 
-from benchmarks import measure
+from benchmarks import measure, worker
 
 STEP = {"encoder": "resnet18", "stem": "small", "image_size": 8, "batch_size": 2, "steps": 1}
 PIPELINE = {"image_size": 16, "batch_size": 4, "batches": 2}
@@ -16,6 +18,7 @@ def test_workers_take_turns():
     shapes = {"dataset": "shapes", "data_dir": None, "split": "test[:8]", **PIPELINE}
     workers = [
         measure.ours("pipeline", "pipeline", shapes),
+        measure.ours("crops", "pipeline", {**shapes, "augment_on": "accelerator"}),
         measure.ours("step", "compiled_step", {**STEP, "with_update": True}),
         measure.ours("update", "target_update", STEP),
     ]
@@ -24,33 +27,75 @@ def test_workers_take_turns():
         assert len(rounds) == 2 and all(r["rate"] > 0 and r["peak_mb"] > 0 for r in rounds)
 
 
-def test_a_worker_that_fails_is_named():
-    worker = measure.ours("broken", "no such subject", {})
-    with pytest.raises(SystemExit, match="broken failed"):
-        measure.take_turns([worker], rounds=1)
+def test_a_worker_that_fails_is_named_and_the_others_end():
+    waiting = measure.Worker("waiting", ["-c", "print('{}', flush=True); input(); input()"])
+    broken = measure.Worker("broken", ["-c", "raise ValueError('no such thing')"])
+    with pytest.raises(SystemExit, match="broken failed: ValueError: no such thing"):
+        measure.take_turns([broken, waiting], rounds=1)
+    assert waiting.process.poll() is not None
 
 
-def test_figures_are_written(tmp_path, monkeypatch):
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_memory_of_children_counts():
+    alone = worker.peak_mb()
+    code = "held = b'1' * 200_000_000; print(1, flush=True); input()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as child:
+        child.stdout.readline()
+        assert 190 < worker.peak_mb() - alone < 300
+        child.communicate(b"\n")
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["train_step", "--precisions=float16"], "float16"),
+        (["train_step", "--rounds=0"], "rounds"),
+        (["scaling", "extra"], "error: 'extra' is not a flag."),
+        (["embed", "--photos=/nowhere"], "error: --photos=/nowhere: no class folders"),
+        (
+            ["embed", "--photos=.", "--peer_python=/nowhere"],
+            "error: --peer_python=/nowhere: No such",
+        ),
+        (["input_pipeline", "--photos=.", "--cifar10=/nowhere"], "error: --cifar10=/nowhere: no"),
+    ],
+)
+def test_wrong_arguments_are_one_line(command, said):
+    run = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{command[0]}", *command[1:]],
+        **{"cwd": measure.ROOT, "capture_output": True, "text": True},
+    )
+    assert run.returncode != 0 and said in run.stderr and "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize("write", [True, False])
+def test_figures_are_written_if_asked_for(tmp_path, monkeypatch, capsys, write):
+    monkeypatch.setattr(measure, "FLAGS", types.SimpleNamespace(write=write))
     monkeypatch.setattr(measure, "RESULTS", tmp_path)
     monkeypatch.setattr(measure, "PAGE", tmp_path / "page.md")
     monkeypatch.setattr(sys, "argv", ["x", "--rounds=2"])
-    measure.PAGE.write_text("before\n<!-- speed -->\nold\n<!-- end of speed -->\nafter\n")
+    before = "before\n<!-- speed -->\nold\n<!-- end of speed -->\nafter\n"
+    measure.PAGE.write_text(before)
     rounds = {
         "ours": [{"rate": 6.0, "peak_mb": 3.0}, {"rate": 4.0, "peak_mb": 5.0}],
         "theirs": [{"rate": 2.0, "peak_mb": 1.0}, {"rate": 2.0, "peak_mb": 1.0}],
     }
     rows = measure.summary(rounds, than="theirs")
-    assert rows["ours"] == {
-        "median": 5.0,
-        "lowest": 4.0,
-        "highest": 6.0,
-        "peak_mb": 5.0,
-        "ratio": 2.5,
-    }
-    measure.write("speed", "a race", "m/s", {"short": rows})
-    page = measure.PAGE.read_text()
-    assert page.startswith("before\n") and page.endswith("after\n") and "old" not in page
-    assert "| short: ours | 5 | 4 to 6 | 2.50 | 5 |" in page
+    ours = {"median": 5.0, "lowest": 4.0, "highest": 6.0, "peak_mb": 5.0, "ratio": 2.5}
+    assert rows["ours"] == ours
+    measure.report("speed", "a race", "m/s", {"short": rows})
+    printed, page = capsys.readouterr().out, measure.PAGE.read_text()
+    assert "| ratio to theirs |" in printed and "| short: ours | 5 | 4 to 6 | 2.50 | 5 |" in printed
+    if not write:
+        assert page == before and not (tmp_path / "speed.json").exists()
+        return
+    assert page == before.replace("old\n", printed)
     record = json.loads((tmp_path / "speed.json").read_text())
     assert record["results"]["short"]["theirs"]["median"] == 2.0
     assert record["command"] == "python -m benchmarks.speed --rounds=2"
+
+
+def test_the_page_has_the_tables_of_the_json_files():
+    page = measure.PAGE.read_text()
+    for path in measure.RESULTS.glob("*.json"):
+        assert measure.table(json.loads(path.read_text())) in page, path.name

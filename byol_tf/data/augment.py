@@ -73,7 +73,13 @@ def augment(images, draws, view):
       view: a `ViewAugmentation`.
 
     Returns: float32 [B, S, S, 3].
+
+    Raises:
+      ValueError: if the images are not square or S is not known.
     """
+    size = images.shape[1]
+    if size is None or images.shape[2:] != (size, 3):
+        raise ValueError(f"images: shape {images.shape}, must be [B, S, S, 3] with S known.")
     flip, jitter, order, *strengths, gray, blur, sigma, solar = tf.unstack(
         draws, NUM_DRAWS, axis=-1
     )
@@ -98,7 +104,7 @@ def augment(images, draws, view):
         planes,
     )
     planes = [
-        (plane - mean) * (1.0 / std)
+        _standardize(plane, mean, std)
         for plane, mean, std in zip(planes, IMAGENET_MEAN, IMAGENET_STD)
     ]
     # Faster than to stack them as the last axis.
@@ -110,7 +116,7 @@ def normalize(images):
 
     Args: images: uint8 or float in [0, 1], [..., 3]. Returns: float32 [..., 3].
     """
-    return (_to_float(images) - tf.constant(IMAGENET_MEAN)) / tf.constant(IMAGENET_STD)
+    return _standardize(_to_float(images), tf.constant(IMAGENET_MEAN), tf.constant(IMAGENET_STD))
 
 
 def adjust_brightness(planes, offset):
@@ -293,6 +299,7 @@ def _blur_columns(planes, weights):
 
 def _blur_weights(sigma, radius):
     """float32 [B, R, R + 2 radius]: of the pixels around R rows in each of them; R rows at once."""
+    sigma = tf.maximum(sigma, 1e-3)  # 0 would be divided by; this too leaves all as it is
     scale = -0.5 / tf.square(sigma)[:, tf.newaxis]
     taps = tf.exp(scale * tf.square(tf.range(-radius, radius + 1, dtype=tf.float32)))
     taps /= tf.reduce_sum(taps, -1, keepdims=True)
@@ -306,6 +313,10 @@ def _to_float(images):
     if images.dtype == tf.uint8:
         return tf.cast(images, tf.float32) / 255.0
     return tf.cast(images, tf.float32)
+
+
+def _standardize(values, mean, std):
+    return (values - mean) / std
 
 
 def _per_image(values):

@@ -21,7 +21,7 @@ from byol_tf import (
 from byol_tf.data import views
 from byol_tf.data.source import load_source
 from byol_tf.embed import write_embeddings
-from byol_tf.errors import UserError, reason
+from byol_tf.errors import Preempted, UserError, reason
 from byol_tf.export import export_encoder
 from byol_tf.keras_api import keras
 from byol_tf.model import BYOL
@@ -190,12 +190,15 @@ def pretrain():
             manager=manager,
         )
         saves = training.Checkpoints(manager, FLAGS.checkpoint_every)
-        callbacks = [training.StopOnSigterm(strategy), watch, saves]
+        callbacks = [watch, saves]
+        stop = training.StopOnSigterm(strategy)
         if target_update is not None:
             callbacks.insert(0, target_update)
         if measure is not None:
             every = FLAGS.knn_every * per_epoch
+            measure = stop.at_once()(measure)
             callbacks.append(checkpoints.KeepBest(manager, saves.save, measure, every, watch))
+        callbacks.append(stop)
         try:
             training.train(
                 model,
@@ -211,7 +214,7 @@ def pretrain():
         workdir.update_results(folder, **_training_results(model, watch))
     if model.stop_training:
         step = int(model.optimizer.iterations.numpy())
-        raise training.Preempted(f"stopped by SIGTERM at step {step}")
+        raise Preempted(f"stopped by SIGTERM at step {step}")
 
 
 def _target_update(total_steps):

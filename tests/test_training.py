@@ -262,7 +262,8 @@ def test_sigterm_awaits_no_measurement(model, manager, watch, stop):
         fit(model, watch, saves, best, stop)
     assert manager.latest_checkpoint.endswith("-4")
     late = keras.callbacks.LambdaCallback(on_epoch_end=terminate)
-    best.measure = stop.at_once()(lambda path: pytest.fail("measured"))
+    measure = stop.at_once()(lambda path: pytest.fail("measured"))
+    best = checkpoints.KeepBest(manager, saves.save, measure, 8, watch)
     with pytest.raises(Preempted):
         fit(model, watch, late, best, stop)
 

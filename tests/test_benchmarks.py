@@ -71,7 +71,6 @@ def test_wrong_arguments_are_one_line(command, said):
 @pytest.mark.parametrize("write", [True, False])
 def test_figures_are_written_if_asked_for(tmp_path, monkeypatch, capsys, write):
     monkeypatch.setattr(measure, "FLAGS", types.SimpleNamespace(write=write))
-    monkeypatch.setattr(measure, "RESULTS", tmp_path)
     monkeypatch.setattr(measure, "PAGE", tmp_path / "page.md")
     monkeypatch.setattr(sys, "argv", ["x", "--rounds=2"])
     before = "before\n<!-- speed -->\nold\n<!-- end of speed -->\nafter\n"
@@ -87,15 +86,15 @@ def test_figures_are_written_if_asked_for(tmp_path, monkeypatch, capsys, write):
     printed, page = capsys.readouterr().out, measure.PAGE.read_text()
     assert "| ratio to theirs |" in printed and "| short: ours | 5 | 4 to 6 | 2.50 | 5 |" in printed
     if not write:
-        assert page == before and not (tmp_path / "speed.json").exists()
+        assert page == before and not (tmp_path / "page" / "speed.json").exists()
         return
     assert page == before.replace("old\n", printed)
-    record = json.loads((tmp_path / "speed.json").read_text())
+    record = json.loads((tmp_path / "page" / "speed.json").read_text())
     assert record["results"]["short"]["theirs"]["median"] == 2.0
     assert record["command"] == "python -m benchmarks.speed --rounds=2"
 
 
 def test_the_page_has_the_tables_of_the_json_files():
     page = measure.PAGE.read_text()
-    for path in measure.RESULTS.glob("*.json"):
+    for path in measure.PAGE.with_suffix("").glob("*.json"):
         assert measure.table(json.loads(path.read_text())) in page, path.name

@@ -43,7 +43,7 @@ def main(argv):
     try:
         tasks.only_our_notices()
         tasks.configure_devices()
-        tasks.run()
+        tasks.run_all()
     except UserError as error:
         sys.exit(f"error: {error}")
     except Preempted as stopped:

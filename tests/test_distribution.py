@@ -70,11 +70,12 @@ def finish(processes, seconds=180):
 
 
 def weights(workdir):
-    """All variables of the last checkpoint, by name."""
+    """All variables of the last checkpoint, by name; but the sums that the log's means are of."""
     latest = tf.train.latest_checkpoint(str(workdir / "checkpoints"))
     reader = tf.train.load_checkpoint(latest)
     names = reader.get_variable_to_shape_map()
-    return {n: reader.get_tensor(n) for n in names if n.endswith("VARIABLE_VALUE")}
+    names = [n for n in names if n.endswith("VARIABLE_VALUE") and "/_means/" not in n]
+    return {name: reader.get_tensor(name) for name in names}
 
 
 def lines(workdir):
@@ -106,7 +107,9 @@ def test_workers_are_one_process(tmp_path, count):
     expected, found = weights(alone), weights(together)
     assert expected.keys() == found.keys() and len(expected) > 100
     for name, value in expected.items():
-        np.testing.assert_allclose(found[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
+        # Of the tensor: a small element is the difference of large sums.
+        atol = 1e-5 + 1e-4 * np.max(np.abs(value))
+        np.testing.assert_allclose(found[name], value, rtol=0, atol=atol, err_msg=name)
     assert steps(together) == list(range(1, 7))  # one writes
     for name in ("loss", "classifier_loss"):
         of_one, of_all = ([line[name] for line in lines(w)] for w in (alone, together))

@@ -359,6 +359,17 @@ def test_tfds_prepares_what_is_not_there(tmp_path):
     assert (tmp_path / "tinyset" / "1.0.0" / "dataset_info.json").exists()
 
 
+def test_two_processes_prepare_the_same_set(tmp_path, monkeypatch):
+    prepare = Tinyset.download_and_prepare
+
+    def second(builder, **how):
+        prepare(Tinyset(data_dir=tmp_path), **how)  # another process, faster than this one
+        raise FileExistsError("Cannot rename")
+
+    monkeypatch.setattr(Tinyset, "download_and_prepare", second)
+    assert len(examples(source.load_source("tinyset", "train", str(tmp_path)))) == 16
+
+
 def test_warnings_are_only_held_back_for_a_moment(prepared):
     before = logging.get_verbosity()
     source.load_source("tinyset", "train", prepared)

@@ -71,6 +71,7 @@ def load_source(dataset, split, data_dir=None):
     builder = _builder(dataset, data_dir)
     if not builder.is_prepared():
         _prepare(builder, dataset, data_dir)
+        builder = _builder(dataset, data_dir)  # if another process did it, this one reads it so
     return _read(builder, dataset, split)
 
 
@@ -111,6 +112,8 @@ def _prepare(builder, dataset, data_dir):
         builder.download_and_prepare(download_config=config)
     # Any of TFDS's thousand builders may raise anything.
     except Exception as error:
+        if _builder(dataset, data_dir).is_prepared():  # by another process, which was faster
+            return
         where = f"--data_dir={data_dir}" if data_dir else "~/tensorflow_datasets"
         raise UserError(
             f"--dataset={dataset}: not prepared under {where}, and could not be now "

@@ -1,0 +1,147 @@
+"""The tasks of `main.py`: flags in, files of the workdir out."""
+
+import contextlib
+import pathlib
+
+import tensorflow as tf
+from absl import flags, logging
+
+from byol_tf import checkpoints, distribution, workdir
+from byol_tf.data import views
+from byol_tf.errors import UserError, reason
+from byol_tf.keras_api import keras
+from byol_tf.tasks import evaluate, export, pretrain, run
+
+FLAGS = flags.FLAGS
+TASKS = {
+    "import_deepmind": pretrain.import_deepmind,
+    "pretrain": pretrain.pretrain,
+    "knn": evaluate.knn,
+    "linear_eval": evaluate.linear_eval,
+    "export": export.export,
+    "embed": export.embed,
+}
+_TRAINING = ("import_deepmind", "pretrain")  # the others take an encoder that is there
+
+
+def run_all():
+    """Runs the tasks of --task, in order."""
+    tasks = [task for task in TASKS if task in FLAGS.task]
+    strategy = run.strategy()  # the first thing, as several machines need it
+    chief = distribution.is_chief(strategy)
+    if distribution.num_workers(strategy) > 1 and "import_deepmind" in tasks:
+        raise UserError("--task=import_deepmind: run it alone, on one machine, before the others.")
+    if chief and run.folder().is_dir():
+        checkpoints.lock(run.folder())
+    saved = workdir.read_flags(FLAGS.workdir)
+    if run.manager().checkpoints:
+        if tasks[0] == "import_deepmind":
+            raise UserError(f"--workdir={FLAGS.workdir}: a run is there already: choose another.")
+        workdir.check_flags(saved, pretrain="pretrain" in tasks)
+    elif tasks[0] not in _TRAINING:
+        raise UserError(
+            f"--workdir={FLAGS.workdir}: no checkpoint there: run --task=pretrain first, or give "
+            "the folder of a run."
+        )
+    keras.utils.set_random_seed(FLAGS.seed)
+    if FLAGS.deterministic:
+        tf.config.experimental.enable_op_determinism()
+    with distribution.chief_first(strategy):
+        _check_inputs(tasks)
+        if chief:
+            checkpoints.lock(run.folder())  # if it is there only now
+            checkpoints.remove_leftovers(run.folder())
+    for task in tasks:
+        if task == "pretrain" or chief:
+            with _faults_of_images(task):
+                TASKS[task]()
+
+
+@contextlib.contextmanager
+def _faults_of_images(task):
+    """Tells in one line of images that turn out to be unreadable while the task runs."""
+    try:
+        yield
+    except tf.errors.OpError as error:
+        if "IteratorGetNext" not in error.message:  # not from the input pipeline
+            raise
+        logging.info("looking for what cannot be read: %s", reason(error))
+        faults = (run.source(split).find_fault() for split in _splits([task]))
+        fault = next(filter(None, faults), f"--dataset={FLAGS.dataset}: {reason(error)}")
+        raise UserError(f"{fault}. The same command goes on from the last checkpoint.") from error
+
+
+def _check_inputs(tasks):
+    """Opens all that the tasks will need: what is wrong is said before an hour of training.
+
+    Raises:
+      UserError: if a split cannot be read or is empty, or the workdir cannot be written.
+    """
+    for split in _splits(tasks):
+        if split == FLAGS.eval_split and not run.source(FLAGS.train_split).class_names:
+            continue  # nothing to evaluate: the tasks say so and go on
+        if not run.source(split).num_examples:
+            raise UserError(f"split {split!r} of --dataset={FLAGS.dataset} is empty.")
+    if "pretrain" in tasks:
+        views.steps_per_epoch(run.source(FLAGS.train_split), FLAGS.batch_size)
+        if FLAGS.warmup_epochs >= FLAGS.epochs:
+            logging.warning(
+                "--warmup_epochs=%g: the learning rate only rises in --epochs=%d: take fewer.",
+                FLAGS.warmup_epochs,
+                FLAGS.epochs,
+            )
+    measured = {"knn", "linear_eval"} & set(tasks) or ("pretrain" in tasks and FLAGS.knn_every)
+    if measured and FLAGS.eval_split == FLAGS.train_split:
+        logging.warning("--eval_split is --train_split: the accuracies are of images trained on.")
+    _check_use_checkpoint(tasks)
+    try:
+        run.folder().mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--workdir={FLAGS.workdir}: {error.strerror}: choose a folder that can be written."
+        ) from error
+
+
+def _check_use_checkpoint(tasks):
+    """Refuses --use_checkpoint=best where there is none and the tasks will make none."""
+    if FLAGS.use_checkpoint == "last" or set(tasks) <= set(_TRAINING):
+        return
+    made = "pretrain" in tasks and FLAGS.knn_every and run.source(FLAGS.train_split).class_names
+    if not made:
+        run.manager().best_whole()
+
+
+def _splits(tasks):
+    """The splits that the tasks read, each once."""
+    splits = {
+        "pretrain": [FLAGS.train_split] + ([FLAGS.eval_split] if FLAGS.knn_every else []),
+        "knn": [FLAGS.train_split, FLAGS.eval_split],
+        "linear_eval": [FLAGS.train_split, FLAGS.eval_split],
+        "embed": [FLAGS.embed_split],
+    }
+    return list(dict.fromkeys(split for task in tasks for split in splits.get(task, ())))
+
+
+def only_our_notices():
+    """Keeps back what libraries say below an error: it hides what this project says."""
+
+    # The folder itself: a checkout called byol_tf may hold the libraries' .venv as well.
+    here = str(pathlib.Path(__file__).parent.parent)
+
+    def is_ours(record):
+        return record.levelno >= logging.converter.STANDARD_ERROR or record.pathname.startswith(
+            here
+        )
+
+    logging.use_absl_handler()
+    logging.get_absl_handler().addFilter(is_ours)
+
+
+def configure_devices():
+    """Sets threads and logical CPUs; before TensorFlow does anything."""
+    tf.config.threading.set_intra_op_parallelism_threads(FLAGS.intra_op_threads)
+    if FLAGS.logical_cpus > 1:
+        tf.config.set_logical_device_configuration(
+            tf.config.list_physical_devices("CPU")[0],
+            [tf.config.LogicalDeviceConfiguration()] * FLAGS.logical_cpus,
+        )

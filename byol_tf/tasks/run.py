@@ -1,0 +1,97 @@
+"""The run in --workdir, as its flags and checkpoints tell: what the tasks share."""
+
+import contextlib
+import functools
+import pathlib
+
+import tensorflow as tf
+from absl import flags
+
+from byol_tf import checkpoints, distribution, evaluation, resnet
+from byol_tf.data.source import load_source
+from byol_tf.keras_api import keras
+
+FLAGS = flags.FLAGS
+
+
+def folder():
+    """The path of --workdir."""
+    return pathlib.Path(FLAGS.workdir).expanduser()
+
+
+def strategy():
+    """Of --strategy; the first thing that a process asks for."""
+    return distribution.make_strategy(FLAGS.strategy, FLAGS.tpu)
+
+
+@functools.lru_cache(maxsize=None)
+def source(split):
+    """The `Source` of a split of --dataset."""
+    return load_source(FLAGS.dataset, split, FLAGS.data_dir)
+
+
+def manager(checkpoint=None):
+    """The `checkpoints.Manager` of the workdir; with a `tf.train.Checkpoint` it can save."""
+    return checkpoints.Manager(checkpoint, folder() / "checkpoints", FLAGS.keep_checkpoints)
+
+
+def chosen_checkpoint():
+    """The path of the checkpoint of --use_checkpoint."""
+    if FLAGS.use_checkpoint == "best":
+        return manager().best_whole()
+    return manager().newest_whole()
+
+
+def encoder():
+    """A new encoder of the flags."""
+    return resnet.resnet_encoder(
+        FLAGS.encoder,
+        width_multiplier=FLAGS.width_multiplier,
+        stem=FLAGS.stem,
+        image_size=FLAGS.image_size,
+    )
+
+
+def trained_encoder():
+    """The online encoder of the checkpoint of --use_checkpoint, in float32."""
+    with policy("float32"):
+        trained = encoder()
+    load_encoder(trained, chosen_checkpoint())
+    return trained
+
+
+def random_encoder():
+    """The encoder as it was before the first step, in float32: the first thing drawn."""
+    keras.utils.set_random_seed(FLAGS.seed)
+    with policy("float32"):
+        return encoder()
+
+
+def load_encoder(encoder, checkpoint):
+    """Puts the online encoder of a checkpoint into this one."""
+    checkpoints.check_flags(checkpoint, checkpoints.ENCODER_FLAGS)
+    online = tf.train.Checkpoint(model=tf.train.Checkpoint(online_encoder=encoder))
+    checkpoints.load(online, checkpoint)
+
+
+@functools.lru_cache(maxsize=None)
+def features(what, split):
+    """`Features` of a split by the "trained" or the "random_init" encoder, or "raw_pixels"."""
+    if what == "raw_pixels":
+        # More pixels make no better features, only larger ones.
+        return evaluation.raw_pixels(source(split), image_size=min(FLAGS.image_size, 32))
+    of = trained_encoder() if what == "trained" else random_encoder()
+    return evaluation.extract_features(of, source(split), image_size=FLAGS.image_size)
+
+
+@contextlib.contextmanager
+def policy(precision):
+    """Layers built inside compute in this precision."""
+    before = keras.mixed_precision.global_policy()
+    keras.mixed_precision.set_global_policy(
+        "mixed_bfloat16" if precision == "bfloat16" else "float32"
+    )
+    try:
+        yield
+    finally:
+        keras.mixed_precision.set_global_policy(before)

@@ -33,7 +33,7 @@ PAGE = measure.ROOT / "docs" / "reliability.md"
 TRAINING = [
     *("--flagfile=flags/quickstart.flags", "--task=pretrain", "--epochs=1000000"),
     *("--train_split=train[:2048]", "--eval_split=test[:512]", "--width_multiplier=0.125"),
-    *("--projector_hidden_size=256", "--checkpoint_every=10", "--knn_every=20"),
+    *("--projector_hidden_size=256", "--checkpoint_every=2", "--knn_every=4"),
 ]
 PREEMPTED = 75  # exit code of main.py
 _PARTS = 60  # of the time, each a point of the line through the memory

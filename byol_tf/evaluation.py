@@ -49,8 +49,8 @@ def extract_features(encoder, source, *, image_size, batch_size=256):
 def feature_extractor(encoder, source, *, image_size, batch_size=256):
     """`extract_features` for whoever needs it again and again, of an encoder that learns.
 
-    TensorFlow keeps the graphs of every dataset and function that is made, 5 MB here: these are
-    made once.
+    Its graphs are made once: those that nobody needs any more are cycles of 5 MB, which Python's
+    collector finds too late, if at all.
 
     Returns: function without arguments to the `Features` of the encoder as it is by then.
     """

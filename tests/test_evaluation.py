@@ -145,7 +145,7 @@ def test_extract_features(make_source, tiny_encoder):
 
 
 def test_features_again_and_again(make_source, tiny_encoder, monkeypatch):
-    """Of the weights of now, by the graphs of the first time: TensorFlow never forgets one."""
+    """Of the weights of now, by the graphs of the first time."""
     encoder, source, traced = tiny_encoder(), make_source(10), []
     normalize = augment.normalize
     monkeypatch.setattr(augment, "normalize", lambda x: traced.append(1) or normalize(x))

@@ -131,13 +131,14 @@ def _knn_measure(train_source):
         return lambda checkpoint: 0.0  # only awaits the chief
     with run.policy("float32"):
         encoder = run.encoder()
+    extractors = [
+        evaluation.feature_extractor(encoder, run.source(split), image_size=FLAGS.image_size)
+        for split in (FLAGS.train_split, FLAGS.eval_split)
+    ]
 
     def measure(checkpoint):
         run.load_encoder(encoder, checkpoint)
-        train, test = (
-            evaluation.extract_features(encoder, run.source(split), image_size=FLAGS.image_size)
-            for split in (FLAGS.train_split, FLAGS.eval_split)
-        )
+        train, test = (extract() for extract in extractors)
         if min(train.labels.min(), test.labels.min()) < 0:
             logging.warning("--knn_every: skipped: there are images without labels")
             return None

@@ -44,8 +44,10 @@ def extract_features(encoder, source, *, image_size, batch_size=256):
     Returns: `Features` with D the encoder's output size.
     """
 
+    shape = [None, image_size, image_size, source.channels]
+
     # Not a `keras.Model`, which would take the strategy of a `fit` that this is called in.
-    @tf.function(input_signature=[tf.TensorSpec([None, image_size, image_size, 3], tf.uint8)])
+    @tf.function(input_signature=[tf.TensorSpec(shape, tf.uint8)])
     def embed(images):
         return encoder(augment.normalize(images), training=False)
 

@@ -55,8 +55,10 @@ def feature_extractor(encoder, source, *, image_size, batch_size=256):
     Returns: function without arguments to the `Features` of the encoder as it is by then.
     """
 
+    shape = [None, image_size, image_size, source.channels]
+
     # Not a `keras.Model`, which would take the strategy of a `fit` that this is called in.
-    @tf.function(input_signature=[tf.TensorSpec([None, image_size, image_size, 3], tf.uint8)])
+    @tf.function(input_signature=[tf.TensorSpec(shape, tf.uint8)])
     def embed(images):
         return encoder(augment.normalize(images), training=False)
 

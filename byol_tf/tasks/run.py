@@ -27,7 +27,7 @@ def strategy():
 @functools.lru_cache(maxsize=None)
 def source(split):
     """The `Source` of a split of --dataset."""
-    return load_source(FLAGS.dataset, split, FLAGS.data_dir)
+    return load_source(FLAGS.dataset, split, FLAGS.data_dir, FLAGS.channels)
 
 
 def manager(checkpoint=None):
@@ -49,6 +49,7 @@ def encoder():
         width_multiplier=FLAGS.width_multiplier,
         stem=FLAGS.stem,
         image_size=FLAGS.image_size,
+        channels=FLAGS.channels,
     )
 
 

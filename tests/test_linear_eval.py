@@ -9,6 +9,7 @@ import tensorflow as tf
 from byol_tf import finetune, linear_eval
 from byol_tf.classifier import linear_classifier
 from byol_tf.data import augment, subset, views
+from byol_tf.data.source import Source
 from byol_tf.errors import UserError
 from byol_tf.evaluation import top_k_accuracies
 from byol_tf.keras_api import keras
@@ -36,15 +37,9 @@ def coloured():
             "name": [str(i) for i in range(count)],
         }
         dataset = tf.data.Dataset.from_tensor_slices(slices)
-        return subset_source(dataset, count)
+        return Source(dataset, count, ("red", "green", "blue"), (16, 16, 3))
 
     return make
-
-
-def subset_source(dataset, count):
-    from byol_tf.data.source import Source
-
-    return Source(dataset, count, ("red", "green", "blue"), (16, 16, 3))
 
 
 def batches_of(data, size=8):
@@ -108,9 +103,9 @@ def test_together_on_two_replicas(tiny_encoder, mirrored):
 
 
 def test_a_rate_that_diverges_harms_no_other(coloured, tiny_encoder):
+    keras.utils.set_random_seed(0)
     encoder, train, test = tiny_encoder(), coloured(60), coloured(40, seed=1)
     settings = {"image_size": 16, "epochs": 20, "batch_size": 20, "verbose": 0}
-    keras.utils.set_random_seed(0)
     rates = (np.inf, 0.4)
     figures = linear_eval.linear_evaluation(
         encoder, train, test, test, learning_rates=rates, **settings
@@ -121,16 +116,11 @@ def test_a_rate_that_diverges_harms_no_other(coloured, tiny_encoder):
         encoder, train, test, test, learning_rates=[np.inf], **{**settings, "epochs": 1}
     )
     assert figures["top1"] == figures["top5"] == 0.0
-    keras.utils.set_random_seed(0)
-    figures = finetune.fine_tune(
-        encoder, train, test, test, learning_rates=(np.inf, 0.5), **{**settings, "epochs": (8,)}
-    )
-    assert figures["held_out_top1"]["8"]["inf"] == 0.0
-    assert figures["learning_rate"] == 0.5 and figures["top1"] > 0.5
 
 
 def test_linear_evaluation(coloured, tiny_encoder):
     """Learns what is there and no more, from a frozen encoder whose statistics are no batch's."""
+    keras.utils.set_random_seed(0)
     encoder = tiny_encoder()
     encoder.layers[1].moving_mean.assign(np.linspace(-0.5, 0.5, 8))
     encoder.layers[1].moving_variance.assign(np.linspace(0.5, 2, 8))
@@ -155,6 +145,7 @@ def test_linear_evaluation(coloured, tiny_encoder):
 
 def test_fine_tuning(coloured, tiny_encoder):
     """Trains all weights and the statistics; ends with those of the setting that it reports."""
+    keras.utils.set_random_seed(0)
     encoder = tiny_encoder()
     before = encoder.get_weights()
     train, held_out, test = (coloured(n, i) for i, n in enumerate((90, 60, 60)))
@@ -162,15 +153,15 @@ def test_fine_tuning(coloured, tiny_encoder):
         encoder,
         *(train, held_out, test),
         image_size=16,
-        learning_rates=(0.5, 1e-6),
+        learning_rates=(0.5, np.inf),
         epochs=(8, 1),
         batch_size=30,
         verbose=0,
     )
     assert figures["top1"] > 0.9 and figures["top5"] == 1.0
     assert (figures["epochs"], figures["learning_rate"]) == (8, 0.5)
-    # The last training is not the one that was chosen.
-    assert figures["held_out_top1"]["1"]["1e-06"] < 0.7 < figures["held_out_top1"]["8"]["0.5"]
+    # The last training is not the one that was chosen: it diverged.
+    assert figures["held_out_top1"]["1"]["inf"] == 0.0
     for weight, value in zip(encoder.get_weights(), before):  # moving statistics as well
         assert np.abs(weight - value).max() > 1e-3
 
@@ -230,6 +221,7 @@ def test_fine_tuning_on_two_replicas(tiny_encoder, mirrored):
 
 def test_both_on_two_replicas_to_the_end(coloured, tiny_encoder, mirrored):
     """With a batch that two do not divide, and evaluation outside of `fit`."""
+    keras.utils.set_random_seed(0)
     sources = [coloured(n, i) for i, n in enumerate((45, 20, 20))]
     with mirrored.scope():
         encoder = tiny_encoder(synchronized=True)

@@ -159,7 +159,7 @@ def top_k_accuracies(classify, source, *, image_size, batch_size=256):
     """Top-1 and top-5 accuracy on the labelled images of a source, centre-cropped.
 
     Args:
-      classify: function from normalised images [B, S, S, 3] to logits [B, ..., classes].
+      classify: function from normalised images [B, S, S, C] to logits [B, ..., classes].
       source: a `byol_tf.data.source.Source`.
       image_size: S, in pixels.
       batch_size: images at a time.
@@ -170,7 +170,7 @@ def top_k_accuracies(classify, source, *, image_size, batch_size=256):
 
     @tf.function(
         input_signature=[
-            tf.TensorSpec([None, image_size, image_size, 3], tf.uint8),
+            tf.TensorSpec([None, image_size, image_size, source.channels], tf.uint8),
             tf.TensorSpec([None], tf.int64),
         ]
     )

@@ -178,10 +178,10 @@ def test_later_tasks(main, finished, images, tmp_path):
 
 LEARNING_TASKS = """
 --task=finetune,linear_eval
---linear_epochs=40
+--linear_epochs=20
 --linear_batch_size=9
 --linear_learning_rates=2,0.4
---finetune_epochs=1,2
+--finetune_epochs=2
 --finetune_learning_rates=0.1,0.01
 --finetune_batch_size=8
 """.split()
@@ -196,7 +196,7 @@ def test_tasks_that_learn(main, finished, tmp_path):
     stdout, stderr = succeed(main(f"--workdir={workdir}", *LEARNING_TASKS, percents))
     found = results(workdir)
     assert found["linear_top1"] == found["linear_top5"] == 1.0
-    assert "linear_top1" in stdout and "Epoch 40/40" in stdout and "loss_at_0.4" in stdout
+    assert "linear_top1" in stdout and "Epoch 20/20" in stdout and "loss_at_0.4" in stdout
     linear = found["linear_eval"]
     assert (linear["images"], linear["held_out_images"]) == (18, 2)
     assert linear["learning_rate"] in (2, 0.4) and set(linear["held_out_top1"]) == {"2", "0.4"}
@@ -205,7 +205,8 @@ def test_tasks_that_learn(main, finished, tmp_path):
         "100%": 18,
     }
     for part in found["finetune"].values():
-        assert {key: len(rates) for key, rates in part["held_out_top1"].items()} == {"1": 2, "2": 2}
+        assert part["held_out_top1"].keys() == {"2"}
+        assert part["held_out_top1"]["2"].keys() == {"0.1", "0.01"}
         assert 0 <= part["top1"] <= part["top5"] == 1.0
     assert found["weights_sha256"] == before["weights_sha256"]
     # Other settings are no other run, and more training makes the figures those of other weights.

@@ -252,23 +252,20 @@ def report(name, title, unit, parts, peer_python=None):
       parts: dict from what was done to rows, of `summary`.
       peer_python: interpreter of the peer, whose versions are noted.
     """
-    versions = versions_of("tensorflow", "numpy")
-    if peer_python:
-        versions |= versions_of("torch", "torchvision", "lightly", python=peer_python)
     record = {
-        "command": " ".join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]),
-        "cpu": cpu(),
+        **circumstances(name, "tensorflow", "numpy"),
         "python": platform.python_version(),
-        "versions": versions,
         "title": title,
         "unit": unit,
         "results": parts,
     }
+    if peer_python:
+        record["versions"] |= versions_of("torch", "torchvision", "lightly", python=peer_python)
     print(table(record))
     if FLAGS.write:
         RESULTS.mkdir(parents=True, exist_ok=True)
         (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
-        _insert(name, table(record))
+        insert(PAGE, name, table(record))
 
 
 def table(record):
@@ -290,15 +287,27 @@ def table(record):
                 f"| {part}: {who} | {row['median']:.4g} | {row['lowest']:.4g} to "
                 f"{row['highest']:.4g} | {ratio} | {peak} |"
             )
+    return "\n".join([*lines, "", source_of(record)])
+
+
+def source_of(record):
+    """The line below a table: of a record its "command", "cpu" and "versions"."""
     stack = ", ".join(f"{package} {version}" for package, version in record["versions"].items())
-    lines += ["", f"`{record['command']}` on {record['cpu']}; {stack}."]
-    return "\n".join(lines)
+    return f"`{record['command']}` on {record['cpu']}; {stack}."
 
 
-def _insert(name, table):
-    """Replaces what stands between this benchmark's two marks in the page."""
+def circumstances(name, *packages):
+    """The command of this process, `benchmarks.NAME`, its CPU and the packages' versions."""
+    return {
+        "command": " ".join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]),
+        "cpu": cpu(),
+        "versions": versions_of(*packages),
+    }
+
+
+def insert(page, name, table):
+    """Replaces what stands between the two marks of this name in a page, a path."""
     begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-    page = PAGE.read_text()
-    before, _, rest = page.partition(begin)
+    before, _, rest = page.read_text().partition(begin)
     _, _, after = rest.partition(end)
-    PAGE.write_text(f"{before}{begin}\n{table}\n{end}{after}")
+    page.write_text(f"{before}{begin}\n{table}\n{end}{after}")

@@ -52,6 +52,12 @@ def extract_features(encoder, source, *, image_size, batch_size=256):
     return _collect(source, image_size, batch_size, embed)
 
 
+def names_of(source):
+    """The names of a source's images, as those of their `Features`."""
+    batches = source.dataset.map(lambda record: record["name"]).batch(4096)
+    return [_text(name) for batch in batches for name in batch.numpy()]
+
+
 def raw_pixels(source, *, image_size):
     """`Features` of the normalised pixels themselves: what no learning at all gives."""
 
@@ -66,8 +72,12 @@ def _collect(source, image_size, batch_size, vectors_of):
     for batch in views.eval_batches(source, image_size=image_size, batch_size=batch_size):
         vectors.append(np.asarray(vectors_of(batch["image"]), np.float32))
         labels.append(batch["label"].numpy())
-        names += [name.decode(errors="replace") for name in batch["name"].numpy()]
+        names += map(_text, batch["name"].numpy())
     return Features(np.concatenate(vectors), np.concatenate(labels), names)
+
+
+def _text(name):
+    return name.decode(errors="replace")
 
 
 def knn_accuracy(train, test, *, k=20, temperature=TEMPERATURE):

@@ -2,7 +2,10 @@
 
 from absl import flags
 
-TASKS = ("import_deepmind", "pretrain", "knn", "linear_eval", "export", "embed")
+TASKS = (
+    *("import_deepmind", "pretrain", "knn", "linear_eval", "export", "embed"),
+    *("search", "duplicates"),
+)
 
 flags.DEFINE_list(
     "task",

@@ -10,7 +10,7 @@ from byol_tf import checkpoints, distribution, workdir
 from byol_tf.data import views
 from byol_tf.errors import UserError, reason
 from byol_tf.keras_api import keras
-from byol_tf.tasks import evaluate, export, pretrain, run
+from byol_tf.tasks import embed, evaluate, export, pretrain, run, search
 
 FLAGS = flags.FLAGS
 TASKS = {
@@ -19,7 +19,9 @@ TASKS = {
     "knn": evaluate.knn,
     "linear_eval": evaluate.linear_eval,
     "export": export.export,
-    "embed": export.embed,
+    "embed": embed.embed,
+    "search": search.search,
+    "duplicates": search.duplicates,
 }
 _TRAINING = ("import_deepmind", "pretrain")  # the others take an encoder that is there
 
@@ -93,6 +95,8 @@ def _check_inputs(tasks):
     measured = {"knn", "linear_eval"} & set(tasks) or ("pretrain" in tasks and FLAGS.knn_every)
     if measured and FLAGS.eval_split == FLAGS.train_split:
         logging.warning("--eval_split is --train_split: the accuracies are of images trained on.")
+    if "search" in tasks:
+        search.check_queries()
     _check_use_checkpoint(tasks)
     try:
         run.folder().mkdir(parents=True, exist_ok=True)
@@ -117,7 +121,7 @@ def _splits(tasks):
         "pretrain": [FLAGS.train_split] + ([FLAGS.eval_split] if FLAGS.knn_every else []),
         "knn": [FLAGS.train_split, FLAGS.eval_split],
         "linear_eval": [FLAGS.train_split, FLAGS.eval_split],
-        "embed": [FLAGS.embed_split],
+        **dict.fromkeys(("embed", "search", "duplicates"), [FLAGS.embed_split]),
     }
     return list(dict.fromkeys(split for task in tasks for split in splits.get(task, ())))
 

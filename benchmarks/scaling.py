@@ -43,7 +43,15 @@ def main():
         )
         for i, cores in enumerate((first, second))
     ]
-    workers = [one, mirrored, measure.Together("MultiWorkerMirroredStrategy, two", processes)]
+    # What is left when nothing is exchanged: they share the memory and the last cache only.
+    strangers = [
+        measure.ours(f"stranger {i}", "compiled_step", HOW, cores=cores)
+        for i, cores in enumerate((first, second))
+    ]
+    workers = [
+        *(one, mirrored, measure.Together("MultiWorkerMirroredStrategy, two", processes)),
+        measure.Together("the floor, two that exchange nothing", strangers),
+    ]
     parts = {
         "ResNet-18, 32 px": measure.summary(measure.take_turns(workers, FLAGS.rounds), one.name)
     }

@@ -102,7 +102,9 @@ def test_workers_are_one_process(tmp_path, count):
     alone, together = tmp_path / "alone", tmp_path / "together"
     # Six steps: then a rounding error that crosses a ReLU's kink begins to grow.
     few = "--max_steps=6"
-    codes, outputs = finish([start(alone, few), *start_workers(together, count, few)], 300)
+    tasks = ["--task=pretrain,knn,export", "--eval_split=test[:40]", "--nobaselines"]
+    alone_and_together = [start(alone, few, *tasks), *start_workers(together, count, few, *tasks)]
+    codes, outputs = finish(alone_and_together, 420)
     assert codes == [0] * (count + 1), "\n".join(outputs)
     expected, found = weights(alone), weights(together)
     assert expected.keys() == found.keys() and len(expected) > 100
@@ -115,7 +117,9 @@ def test_workers_are_one_process(tmp_path, count):
         of_one, of_all = ([line[name] for line in lines(w)] for w in (alone, together))
         np.testing.assert_allclose(of_all, of_one, rtol=1e-4)
     assert not outputs[2].strip()  # and speaks
-    assert json.loads((together / "results.json").read_text())["steps"] == 6
+    results = json.loads((together / "results.json").read_text())
+    assert results["steps"] == results["evaluated_step"] == 6 and 0 <= results["knn_top1"] <= 1
+    assert (together / "saved_model" / "saved_model.pb").exists()
 
 
 @pytest.mark.slow

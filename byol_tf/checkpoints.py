@@ -377,10 +377,11 @@ def remove_leftovers(workdir):
     best = Manager(None, folder).best()
     if best is not None:
         _remove_parts(folder / "best", [f"ckpt-{best['step']}"])
-    for place in (workdir, folder, folder / "best"):
+    exports = workdir / "saved_model"
+    for place in (workdir, folder, folder / "best", exports):
         leftovers += [path for path in place.glob(".*") if re.fullmatch(r"\..+\.\d+", path.name)]
-    for aside in workdir.glob(".*.old.*"):
-        replaced = workdir / re.fullmatch(r"\.(.+)\.old\.\d+", aside.name)[1]
+    for aside in exports.glob(".*.old.*"):
+        replaced = exports / re.fullmatch(r"\.(.+)\.old\.\d+", aside.name)[1]
         if not replaced.exists():  # killed between the two moves of an export
             aside.rename(replaced)
     for path in filter(os.path.exists, leftovers):

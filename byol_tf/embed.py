@@ -1,5 +1,6 @@
-"""Writes embeddings to a file that NumPy or any table tool reads."""
+"""Embeddings in a file that NumPy or any table tool reads."""
 
+import json
 import os
 import pathlib
 import zipfile
@@ -9,17 +10,19 @@ import numpy as np
 FORMATS = (".npz", ".parquet")
 
 
-def write_embeddings(features, path, class_names=None):
+def write_embeddings(features, path, class_names=None, origin=None):
     """Writes one row an image: its embedding, name and label.
 
     An .npz file holds "embedding", float32 [N, D], "name", string [N], and, where there are
     labels, "label", int64 [N], and "class_names". A .parquet file has the columns "name",
     "embedding" (a list of D floats), "label" and "class_name" (null where there is none).
+    "origin", a JSON string, is an array of the one and metadata of the other.
 
     Args:
       features: `byol_tf.evaluation.Features`.
       path: ends in .npz or .parquet.
       class_names: names of the labels, or None.
+      origin: a dict for JSON, which tells of what encoder and images the embeddings are, or None.
 
     Raises:
       ValueError: for another ending.
@@ -32,16 +35,45 @@ def write_embeddings(features, path, class_names=None):
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     write = _write_npz if path.suffix == ".npz" else _write_parquet
     try:
-        write(features, unfinished, class_names)
+        write(features, unfinished, class_names, origin)
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
 
 
-def _write_npz(features, path, class_names):
+def read_embeddings(path):
+    """Reads a file of `write_embeddings`.
+
+    Returns: embeddings, float32 [N, D]; names, a list of N strings; the origin, or None.
+
+    Raises:
+      OSError, ValueError, KeyError, zipfile.BadZipFile: if it cannot be read.
+    """
+    path = pathlib.Path(path)
+    if path.suffix == ".npz":
+        with np.load(path) as file:
+            origin = json.loads(str(file["origin"])) if "origin" in file else None
+            return file["embedding"], file["name"].tolist(), origin
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.read_table(path, columns=["name", "embedding"])
+    vectors = (
+        table["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False, writable=True)
+    )
+    origin = (table.schema.metadata or {}).get(b"origin")
+    return (
+        vectors.reshape(table.num_rows, -1),
+        table["name"].to_pylist(),
+        json.loads(origin) if origin else None,
+    )
+
+
+def _write_npz(features, path, class_names, origin):
     arrays = {"embedding": features.vectors, "name": np.array(features.names)}
     if class_names is not None:
         arrays.update(label=features.labels, class_names=np.array(class_names))
+    if origin is not None:
+        arrays["origin"] = np.array(json.dumps(origin))
     # As numpy.savez, which leaves its file open where the disk is full.
     with zipfile.ZipFile(path, "w") as archive:
         for name, array in arrays.items():
@@ -49,7 +81,7 @@ def _write_npz(features, path, class_names):
                 np.lib.format.write_array(file, array, allow_pickle=False)
 
 
-def _write_parquet(features, path, class_names):
+def _write_parquet(features, path, class_names, origin):
     import pyarrow
     import pyarrow.parquet
 
@@ -65,4 +97,6 @@ def _write_parquet(features, path, class_names):
             "class_name": pyarrow.array(names, pyarrow.string()),
         }
     )
+    if origin is not None:
+        table = table.replace_schema_metadata({"origin": json.dumps(origin)})
     pyarrow.parquet.write_table(table, path)

@@ -66,6 +66,12 @@ def feature_extractor(encoder, source, *, image_size, batch_size=256):
     return lambda: _collect(batches, embed)
 
 
+def names_of(source):
+    """The names of a source's images, as those of their `Features`."""
+    batches = source.dataset.map(lambda record: record["name"]).batch(4096)
+    return [_text(name) for batch in batches for name in batch.numpy()]
+
+
 def raw_pixels(source, *, image_size):
     """`Features` of the normalised pixels themselves: what no learning at all gives."""
 
@@ -80,8 +86,12 @@ def _collect(batches, vectors_of):
     for batch in batches:
         vectors.append(np.asarray(vectors_of(batch["image"]), np.float32))
         labels.append(batch["label"].numpy())
-        names += [name.decode(errors="replace") for name in batch["name"].numpy()]
+        names += map(_text, batch["name"].numpy())
     return Features(np.concatenate(vectors), np.concatenate(labels), names)
+
+
+def _text(name):
+    return name.decode(errors="replace")
 
 
 def knn_accuracy(train, test, *, k=20, temperature=TEMPERATURE):

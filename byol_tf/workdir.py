@@ -23,6 +23,7 @@ _FREE_FLAGS = {
     *("keep_checkpoints", "knn_every", "use_checkpoint"),
     *("checkpoint", "num_classes", "keep_step"),
     *("eval_split", "embed_split", "embeddings_file", "baselines"),
+    *("query", "neighbours", "duplicate_similarity"),
     *("strategy", "logical_cpus", "augment_on", "deterministic", "intra_op_threads"),
     *(flag.name for flag in FLAGS.get_flags_for_module(config.evaluation.__name__)),
 }
@@ -58,12 +59,12 @@ def read_flags(workdir):
 def write_flags(workdir, names=None):
     """Writes the flags of this run, or only those named, as a flagfile.
 
-    Not --max_steps, which stops one command, not the run.
+    Not --max_steps and --query, which are of one command, not of the run.
     """
     lines = [
         line
         for name, line in own_flags().items()
-        if name != "max_steps" and (names is None or name in names)
+        if name not in ("max_steps", "query") and (names is None or name in names)
     ]
     write_text(_file(workdir, "flags.txt"), "\n".join(lines) + "\n")
 
@@ -121,15 +122,20 @@ def update_results(workdir, **results):
     write_text(path, json.dumps(merged, indent=2) + "\n")
 
 
-def weights_sha256(model):
-    """SHA-256 over all online, then all target weights, in the order of their layers."""
+def weights_sha256(weights):
+    """SHA-256 over a list of weights, in its order."""
     digest = hashlib.sha256()
-    for weight in model.online_weights + model.target_weights:
+    for weight in weights:
         digest.update(weight.numpy().tobytes())
     return digest.hexdigest()
 
 
 def write_text(path, text):
+    """`write_bytes` of text."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path, content):
     """Writes a whole file or none.
 
     Raises:
@@ -137,7 +143,7 @@ def write_text(path, text):
     """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        unfinished.write_text(text)
+        unfinished.write_bytes(content)
         unfinished.replace(path)
     except OSError as error:
         unfinished.unlink(missing_ok=True)

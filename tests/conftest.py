@@ -1,6 +1,9 @@
-"""What the tests share: two logical CPUs, and small sources without files."""
+"""What the tests share: two logical CPUs, small sources without files, and main.py."""
 
 import os
+import pathlib
+import subprocess
+import sys
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -23,6 +26,23 @@ def mirrored():
     """Two replicas. Only once a process: each strategy would count its sums from the start, and
     TensorFlow would take one for another's."""
     return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+
+
+@pytest.fixture(scope="module")
+def main(tmp_path_factory):
+    """Function that runs main.py with these flags: (exit code, stdout, stderr)."""
+    home = tmp_path_factory.mktemp("home")
+    env = {**os.environ, "HOME": str(home), "XDG_CACHE_HOME": str(home / "cache")}
+    env["CUDA_VISIBLE_DEVICES"] = ""
+    folder = tmp_path_factory.mktemp("cwd")  # it runs from anywhere
+    script = pathlib.Path(__file__).parent.parent / "main.py"
+
+    def run(*args):
+        command = [sys.executable, str(script), *map(str, args)]
+        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+        return done.returncode, done.stdout, done.stderr
+
+    return run
 
 
 @pytest.fixture

@@ -268,12 +268,14 @@ def test_leftovers_are_removed(manager, tmp_path):
     (manager.folder / "best" / f"ckpt-6.{DATA}").touch()
     (manager.folder / ".checkpoint.77").touch()
     (tmp_path / ".flags.txt.77").touch()
-    (tmp_path / ".saved_model.77").mkdir()
-    (tmp_path / ".saved_model.old.77").mkdir()  # moved aside, and its successor not yet in place
+    exports = tmp_path / "saved_model"
+    (exports / ".1.77").mkdir(parents=True)
+    (exports / ".1.old.77").mkdir()  # moved aside, and its successor not yet in place
     (tmp_path / ".lock").touch()
     checkpoints.remove_leftovers(tmp_path)
     assert (files(manager.folder), files(manager.folder / "best")) == before
     assert files(tmp_path) == [".lock", "checkpoints", "saved_model"]
+    assert files(exports) == ["1"]
 
 
 # The best one ---------------------------------------------------------------------------

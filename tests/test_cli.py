@@ -1,11 +1,9 @@
 """`main.py` as a user runs it, the README's commands and code, and that a run learns."""
 
 import json
-import os
 import pathlib
 import re
 import shutil
-import subprocess
 import sys
 
 import numpy as np
@@ -31,22 +29,6 @@ TINY = """
 --optimizer=sgd
 --log_every=2
 """.split()
-
-
-@pytest.fixture(scope="module")
-def main(tmp_path_factory):
-    """Function that runs main.py with these flags: (exit code, stdout, stderr)."""
-    home = tmp_path_factory.mktemp("home")
-    env = {**os.environ, "HOME": str(home), "XDG_CACHE_HOME": str(home / "cache")}
-    env["CUDA_VISIBLE_DEVICES"] = ""
-    folder = tmp_path_factory.mktemp("cwd")  # it runs from anywhere
-
-    def run(*args):
-        command = [sys.executable, str(ROOT / "main.py"), *map(str, args)]
-        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
-        return done.returncode, done.stdout, done.stderr
-
-    return run
 
 
 def succeed(result):
@@ -169,7 +151,7 @@ def test_later_tasks(main, finished, images, tmp_path):
     assert written["class_names"].tolist() == ["blue", "red"]
     assert written["label"].tolist() == [0] * 4 + [1] * 4
     assert written["name"][0] == "test/blue/0.png"
-    served = tf.saved_model.load(str(workdir / "saved_model")).signatures["serving_bytes"]
+    served = tf.saved_model.load(str(workdir / "saved_model" / "1")).signatures["serving_bytes"]
     encoded = tf.constant([(images / name).read_bytes() for name in written["name"]])
     np.testing.assert_allclose(
         served(image_bytes=encoded)["embedding"], written["embedding"], rtol=1e-4, atol=1e-5
@@ -269,7 +251,7 @@ def test_without_labels(main, flat, tmp_path):
         assert f"skipped {what}" in stderr
     found = results(tmp_path)
     assert found["steps"] == 1 and "knn_top1" not in found
-    assert (tmp_path / "saved_model" / "saved_model.pb").exists()
+    assert (tmp_path / "saved_model" / "1" / "saved_model.pb").exists()
 
 
 @pytest.mark.parametrize(

@@ -185,13 +185,13 @@ def test_checked_files_are_not_decoded_again(tmp_path, warnings, monkeypatch, ca
     write(tmp_path, "a.jpg", "b.jpg")
     write(tmp_path, "bad.jpg", content=b"bad")
     decoded = []
-    fault = image_folder._fault
+    fault = image_folder.fault_of
 
     def counting(path):
         decoded.append(path.name)
         return fault(path)
 
-    monkeypatch.setattr(image_folder, "_fault", counting)
+    monkeypatch.setattr(image_folder, "fault_of", counting)
     first = names(load(tmp_path))
     assert sorted(decoded) == ["a.jpg", "b.jpg", "bad.jpg"]
     (cache_file,) = (cache_home / "byol_tf" / "verified").iterdir()

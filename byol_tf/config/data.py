@@ -35,11 +35,24 @@ flags.DEFINE_enum(
     "What is done to a view beside the crop; the other sets are those of figure 3b, of which "
     "crop and crop_blur do not flip either.",
 )
-flags.DEFINE_string("embed_split", "all", "Images of --task=embed.")
+flags.DEFINE_string("embed_split", "all", "Images of --task=embed, search and duplicates.")
 flags.DEFINE_string(
     "embeddings_file",
     "embeddings.npz",
     "What --task=embed writes, .npz or .parquet; a relative path is below --workdir.",
+)
+flags.DEFINE_multi_string(
+    "query", None, "Of --task=search: an image file to look for; may be given several times."
+)
+flags.DEFINE_integer(
+    "neighbours", 11, "Of --task=search: images to find.", lower_bound=1, upper_bound=1000
+)
+flags.DEFINE_float(
+    "duplicate_similarity",
+    0.95,
+    "Of --task=duplicates: the least cosine similarity of two near-duplicates (docs/search.md).",
+    lower_bound=0.0,
+    upper_bound=1.0,
 )
 
 

@@ -203,7 +203,7 @@ def _faults(root, names):
     if new:
         logging.info("checking %d image files in %s", len(new), root)
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            faults = pool.map(_fault, [root / name for name in new])
+            faults = pool.map(fault_of, [root / name for name in new])
             checked.update({name: [stamps[name], fault] for name, fault in zip(new, faults)})
         _write_cache(cache_file, checked)
     return {name: checked[name][1] for name in names}
@@ -218,8 +218,8 @@ def _stamp(path):
     return [status.st_size, status.st_mtime_ns]
 
 
-def _fault(path):
-    """Why an image file cannot be used, or None."""
+def fault_of(path):
+    """Why an image file, a `pathlib.Path`, cannot be used; None if it can."""
     try:
         if not path.is_file():  # a pipe would be waited for
             return "not a file"

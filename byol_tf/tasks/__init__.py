@@ -10,7 +10,7 @@ from byol_tf import checkpoints, distribution, workdir
 from byol_tf.data import views
 from byol_tf.errors import UserError, reason
 from byol_tf.keras_api import keras
-from byol_tf.tasks import evaluate, export, pretrain, run
+from byol_tf.tasks import embed, evaluate, export, pretrain, run, search
 
 FLAGS = flags.FLAGS
 TASKS = {
@@ -21,7 +21,9 @@ TASKS = {
     "linear_eval": evaluate.linear_eval,
     "finetune": evaluate.finetune,
     "export": export.export,
-    "embed": export.embed,
+    "embed": embed.embed,
+    "search": search.search,
+    "duplicates": search.duplicates,
 }
 _JUDGED = ("knn", "linear_probe", "linear_eval", "finetune")  # on --eval_split
 _TRAINING = ("import_deepmind", "pretrain")  # the others take an encoder that is there
@@ -98,6 +100,8 @@ def _check_inputs(tasks):
     measured = set(_JUDGED) & set(tasks) or ("pretrain" in tasks and FLAGS.knn_every)
     if measured and FLAGS.eval_split == FLAGS.train_split:
         logging.warning("--eval_split is --train_split: the accuracies are of images trained on.")
+    if "search" in tasks:
+        search.check_queries()
     _check_use_checkpoint(tasks)
     try:
         run.folder().mkdir(parents=True, exist_ok=True)
@@ -121,7 +125,7 @@ def _sources(tasks):
     splits = {
         "pretrain": [FLAGS.train_split] + ([FLAGS.eval_split] if FLAGS.knn_every else []),
         **dict.fromkeys(_JUDGED, [FLAGS.train_split, FLAGS.eval_split]),
-        "embed": [FLAGS.embed_split],
+        **dict.fromkeys(("embed", "search", "duplicates"), [FLAGS.embed_split]),
     }
     sources = [(split, FLAGS.dataset) for task in tasks for split in splits.get(task, ())]
     if "finetune" in tasks and FLAGS.finetune_dataset:

@@ -43,7 +43,7 @@ def import_deepmind():
     manager = run.manager(tf.train.Checkpoint(model=model))
     manager.save(int(model.optimizer.iterations))
     step = int(checkpoint["step"])
-    sha256 = workdir.weights_sha256(model)
+    sha256 = workdir.weights_sha256(model.online_weights + model.target_weights)
     workdir.update_results(FLAGS.workdir, imported_step=step, weights_sha256=sha256)
     print(f"imported {FLAGS.encoder} x{FLAGS.width_multiplier:g} of step {step}", flush=True)
 
@@ -109,7 +109,8 @@ def _target_update(total_steps):
 def _training_results(model, watch):
     """What results.json says of the training; of figures that no longer hold, None."""
     results = {"steps": int(model.optimizer.iterations.numpy())}
-    results["weights_sha256"] = workdir.weights_sha256(model)
+    weights = model.online_weights + model.target_weights
+    results["weights_sha256"] = workdir.weights_sha256(weights)
     if watch.images_per_second:
         results["images_per_second"] = watch.images_per_second
         # The accuracies of before are of other weights.

@@ -101,20 +101,29 @@ def check_flags(saved, pretrain):
             )
 
 
-def update_results(workdir, **results):
-    """Merges figures into results.json, keeping what is there; None takes one out."""
+def read_results(workdir):
+    """The figures of results.json; none where there is no such file yet.
+
+    Raises:
+      UserError: if it is not JSON.
+    """
     path = _file(workdir, "results.json")
     try:
-        merged = json.loads(path.read_text()) if path.exists() else {}
+        return json.loads(path.read_text()) if path.exists() else {}
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error}): mend or remove it.") from error
+
+
+def update_results(workdir, **results):
+    """Merges figures into results.json, keeping what is there; None takes one out."""
+    merged = read_results(workdir)
     for key, value in results.items():
         if isinstance(value, dict):
             value = {**merged.get(key, {}), **value}
         merged[key] = value
     merged = {key: value for key, value in merged.items() if value is not None}
-    merged["versions"] = _versions()
-    write_text(path, json.dumps(merged, indent=2) + "\n")
+    merged["versions"] = versions()
+    write_text(_file(workdir, "results.json"), json.dumps(merged, indent=2) + "\n")
 
 
 def weights_sha256(model):
@@ -126,6 +135,11 @@ def weights_sha256(model):
 
 
 def write_text(path, text):
+    """`write_bytes` of text, in UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path, data):
     """Writes a whole file or none.
 
     Raises:
@@ -133,7 +147,7 @@ def write_text(path, text):
     """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        unfinished.write_text(text)
+        unfinished.write_bytes(data)
         unfinished.replace(path)
     except OSError as error:
         unfinished.unlink(missing_ok=True)
@@ -152,13 +166,14 @@ def _file(workdir, name):
     return pathlib.Path(workdir).expanduser() / name
 
 
-def _versions():
+def versions():
+    """Name -> version, of Python and the packages a run depends on most."""
     import importlib.metadata
 
-    versions = {"python": sys.version.split()[0]}
+    found = {"python": sys.version.split()[0]}
     for package in ("tensorflow", "keras", "tf-keras", "tensorflow-addons", "tensorflow-datasets"):
         try:
-            versions[package] = importlib.metadata.version(package)
+            found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return versions
+    return found

@@ -2,7 +2,7 @@
 
 from absl import flags
 
-TASKS = ("import_deepmind", "pretrain", "knn", "linear_eval", "export", "embed")
+TASKS = ("import_deepmind", "pretrain", "knn", "linear_eval", "export", "embed", "report")
 
 flags.DEFINE_list(
     "task",

@@ -4,8 +4,10 @@ The data's way: source (encoded images) -> crop and resize (uint8) -> photometri
 augmentation (float32), the last on the host or on the accelerator.
 """
 
+import dataclasses
 import os
 
+import numpy as np
 import tensorflow as tf
 
 from byol_tf.data import augment, crop, decode
@@ -180,6 +182,44 @@ def eval_batches(source, *, image_size, batch_size=256):
 
     batches = _map(source.dataset, centre).batch(batch_size)
     return batches.with_options(_options()).prefetch(2)
+
+
+def images_at(source, places, image_size):
+    """The images at these places of a source, centre-cropped; no other is decoded.
+
+    Args: source: a `byol_tf.data.source.Source`. places: N integers. image_size: in pixels.
+
+    Returns: uint8 array [N, image_size, image_size, 3].
+    """
+    wanted = tf.constant(places, tf.int64)
+    chosen = source.dataset.filter(lambda record: tf.reduce_any(record["index"] == wanted))
+    images = {}
+    for batch in eval_batches(dataclasses.replace(source, dataset=chosen), image_size=image_size):
+        images.update(zip(batch["index"].numpy(), batch["image"].numpy()))
+    return np.stack([images[place] for place in places])
+
+
+def view_pairs(source, count, *, step=0, **pipeline):
+    """Both views of a few images as the networks see them, in 8 bits to look at.
+
+    The images are drawn among the first thousand (of files, among all) and are not those of
+    the step itself, which would need all of an epoch's order; their views are made the same way.
+
+    Args:
+      source: a `byol_tf.data.source.Source`.
+      count: pairs; as many as there are images where they are fewer.
+      step: of the training; each gives other views.
+      pipeline: as of `pretrain_batches`: image_size, seed, min_crop_area, augmentation.
+
+    Returns: uint8 array [count, 2, image_size, image_size, 3].
+    """
+    among = source.num_examples if source.read else 1024
+    count = min(count, source.num_examples)
+    few = source.dataset.shuffle(among, seed=0, reshuffle_each_iteration=False).take(count)
+    few = dataclasses.replace(source, dataset=few, num_examples=count)
+    batches = pretrain_batches(few, batch_size=count, epochs=step + 1, start_step=step, **pipeline)
+    batch = next(iter(batches))
+    return augment.denormalize(tf.stack([batch["view1"], batch["view2"]], 1)).numpy()
 
 
 def _fits_in_memory(source):

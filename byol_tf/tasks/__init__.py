@@ -10,7 +10,7 @@ from byol_tf import checkpoints, distribution, workdir
 from byol_tf.data import views
 from byol_tf.errors import UserError, reason
 from byol_tf.keras_api import keras
-from byol_tf.tasks import evaluate, export, pretrain, run
+from byol_tf.tasks import evaluate, export, pretrain, report, run
 
 FLAGS = flags.FLAGS
 TASKS = {
@@ -20,6 +20,7 @@ TASKS = {
     "linear_eval": evaluate.linear_eval,
     "export": export.export,
     "embed": export.embed,
+    "report": report.write_report,
 }
 _TRAINING = ("import_deepmind", "pretrain")  # the others take an encoder that is there
 
@@ -78,7 +79,8 @@ def _check_inputs(tasks):
       UserError: if a split cannot be read or is empty, or the workdir cannot be written.
     """
     for split in _splits(tasks):
-        if split == FLAGS.eval_split and not run.source(FLAGS.train_split).class_names:
+        evaluated = split == FLAGS.eval_split and "report" not in tasks
+        if evaluated and not run.source(FLAGS.train_split).class_names:
             continue  # nothing to evaluate: the tasks say so and go on
         if not run.source(split).num_examples:
             raise UserError(f"split {split!r} of --dataset={FLAGS.dataset} is empty.")
@@ -90,7 +92,9 @@ def _check_inputs(tasks):
                 FLAGS.warmup_epochs,
                 FLAGS.epochs,
             )
-    measured = {"knn", "linear_eval"} & set(tasks) or ("pretrain" in tasks and FLAGS.knn_every)
+    measured = {"knn", "linear_eval", "report"} & set(tasks) or (
+        "pretrain" in tasks and FLAGS.knn_every
+    )
     if measured and FLAGS.eval_split == FLAGS.train_split:
         logging.warning("--eval_split is --train_split: the accuracies are of images trained on.")
     _check_use_checkpoint(tasks)
@@ -118,6 +122,7 @@ def _splits(tasks):
         "knn": [FLAGS.train_split, FLAGS.eval_split],
         "linear_eval": [FLAGS.train_split, FLAGS.eval_split],
         "embed": [FLAGS.embed_split],
+        "report": [FLAGS.train_split, FLAGS.eval_split],
     }
     return list(dict.fromkeys(split for task in tasks for split in splits.get(task, ())))
 

@@ -7,7 +7,7 @@ import sys
 import tensorflow as tf
 from absl import flags, logging
 
-from byol_tf import checkpoints, deepmind, distribution, evaluation, training, workdir
+from byol_tf import checkpoints, deepmind, distribution, evaluation, report, training, workdir
 from byol_tf.data import views
 from byol_tf.errors import UserError
 from byol_tf.model import BYOL
@@ -80,6 +80,9 @@ def pretrain():
         if measure is not None:
             every = FLAGS.knn_every * per_epoch
             callbacks.append(checkpoints.KeepBest(manager, saves.save, measure, every, watch))
+        step = int(model.optimizer.iterations.numpy())
+        if distribution.is_chief(strategy) and step < total_steps:
+            watch.show("views", report.view_sheet(run.view_pairs(16, step)), step)
         try:
             training.train(
                 model,

@@ -199,26 +199,42 @@ def images_at(source, places, image_size):
     return np.stack([images[place] for place in places])
 
 
-def view_pairs(source, count, *, step=0, **pipeline):
+def view_pairs(
+    source,
+    count,
+    *,
+    image_size,
+    seed=0,
+    step=0,
+    min_crop_area=crop.AREA_RANGE[0],
+    augmentation="paper",
+):
     """Both views of a few images as the networks see them, in 8 bits to look at.
 
-    The images are drawn among the first thousand (of files, among all) and are not those of
-    the step itself, which would need all of an epoch's order; their views are made the same way.
+    The images, drawn among the first thousand (of files, among all), are not those of the
+    step, which would take a pass over an epoch's order; their views are made the same way.
 
     Args:
       source: a `byol_tf.data.source.Source`.
       count: pairs; as many as there are images where they are fewer.
       step: of the training; each gives other views.
-      pipeline: as of `pretrain_batches`: image_size, seed, min_crop_area, augmentation.
+      image_size, seed, min_crop_area, augmentation: as of `pretrain_batches`.
 
     Returns: uint8 array [count, 2, image_size, image_size, 3].
     """
-    among = source.num_examples if source.read else 1024
     count = min(count, source.num_examples)
-    few = source.dataset.shuffle(among, seed=0, reshuffle_each_iteration=False).take(count)
-    few = dataclasses.replace(source, dataset=few, num_examples=count)
-    batches = pretrain_batches(few, batch_size=count, epochs=step + 1, start_step=step, **pipeline)
-    batch = next(iter(batches))
+    among = source.num_examples if source.read else 1024
+    records = source.dataset.shuffle(among, seed=seed, reshuffle_each_iteration=False).take(count)
+    draws = tf.random.stateless_uniform([count, 2, _DRAWS], [seed, step])
+    area_range = (min_crop_area, crop.AREA_RANGE[1])
+
+    def crop_both(record, draws):
+        return _crop_encoded(source, record, draws, image_size, area_range)
+
+    records = tf.data.Dataset.zip((records, tf.data.Dataset.from_tensor_slices(draws)))
+    batch = next(iter(_map(records, crop_both).batch(count)))
+    # Not in the dataset: to trace the augmentation takes seconds, to do it once does not.
+    batch = augment_batch(batch, augmentation)
     return augment.denormalize(tf.stack([batch["view1"], batch["view2"]], 1)).numpy()
 
 

@@ -5,7 +5,6 @@
 Every run is one of `main.py` in a folder of its own below --workdir, one a core at a time.
 The same command again goes on where it was stopped; what is finished is taken as it is, so
 other --extra flags need another --workdir. Writes claims.json, claims.md and claims.png there.
-Needs `pip install -r benchmarks/requirements.txt`.
 """
 
 import collections

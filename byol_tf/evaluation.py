@@ -95,7 +95,13 @@ def _text(name):
 
 
 def knn_accuracy(train, test, *, k=20, temperature=TEMPERATURE):
-    """Top-1 accuracy of a vote among the k nearest training images (Wu et al. 2018).
+    """Top-1 accuracy of `knn_predictions`: a float in [0, 1]."""
+    predictions = knn_predictions(train, test, k=k, temperature=temperature)
+    return float(np.mean(predictions == test.labels))
+
+
+def knn_predictions(train, test, *, k=20, temperature=TEMPERATURE):
+    """The labels for which the k nearest training images vote (Wu et al. 2018).
 
     Nearest by cosine similarity s; each votes for its label with weight exp(s / temperature).
 
@@ -104,23 +110,45 @@ def knn_accuracy(train, test, *, k=20, temperature=TEMPERATURE):
       k: number of voters; all training images where there are fewer.
       temperature: of the vote.
 
-    Returns: a float in [0, 1].
+    Returns: int64 [N], one label an image of `test`.
     """
-    train_vectors, test_vectors = _unit(train.vectors), _unit(test.vectors)
-    k = min(k, len(train_vectors))
-    num_classes = int(max(train.labels.max(), test.labels.max())) + 1
-    correct = 0
-    chunk = max(1, _SIMILARITIES // len(train_vectors))
-    for start in range(0, len(test_vectors), chunk):
-        similarity = test_vectors[start : start + chunk] @ train_vectors.T
-        nearest = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
-        similarity = np.take_along_axis(similarity, nearest, axis=1)
+    num_classes = int(train.labels.max()) + 1
+    predictions = []
+    for nearest, similarity in _nearest(train.vectors, test.vectors, k):
         weights = np.exp((similarity - 1.0) / temperature)  # at most 1: no overflow
         votes = np.zeros((len(nearest), num_classes))
         rows = np.arange(len(nearest))[:, np.newaxis]
         np.add.at(votes, (rows, train.labels[nearest]), weights)
-        correct += np.sum(votes.argmax(1) == test.labels[start : start + chunk])
-    return float(correct / len(test_vectors))
+        predictions.append(votes.argmax(1))
+    return np.concatenate(predictions)
+
+
+def nearest_neighbours(vectors, queries, k):
+    """The places in `vectors` of the k most similar (cosine) to every query, nearest first.
+
+    Args:
+      vectors: float [N, D].
+      queries: float [Q, D].
+      k: at most N are given.
+
+    Returns: int64 [Q, k].
+    """
+    found = []
+    for nearest, similarity in _nearest(vectors, queries, k):
+        order = np.argsort(-similarity, axis=1, kind="stable")
+        found.append(np.take_along_axis(nearest, order, axis=1))
+    return np.concatenate(found)
+
+
+def _nearest(vectors, queries, k):
+    """Yields places and similarities, [chunk, k], of the k nearest, in no order."""
+    vectors, queries = _unit(vectors), _unit(queries)
+    k = min(k, len(vectors))
+    chunk = max(1, _SIMILARITIES // len(vectors))
+    for start in range(0, len(queries), chunk):
+        similarity = queries[start : start + chunk] @ vectors.T
+        nearest = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
+        yield nearest, np.take_along_axis(similarity, nearest, axis=1)
 
 
 def linear_probe_accuracy(train, test, *, seed=0):

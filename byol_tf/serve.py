@@ -36,6 +36,7 @@ class Encoder:
       batch_wait_ms: how long an image waits for others.
 
     Attributes:
+      channels: of the images, int.
       version: string, the number of the version; "1" where there is none.
 
     Raises:
@@ -57,6 +58,7 @@ class Encoder:
                 f"--model={directory}: no exported encoder there ({one_line(error)}): give the "
                 "saved_model of --task=export."
             ) from error
+        self.channels = self._images.structured_input_signature[1]["images"].shape[-1]
         together = tf.nondifferentiable_batch_function(
             num_batch_threads=os.cpu_count(),  # batches at a time: TensorFlow Serving's default
             max_batch_size=max_batch_size,
@@ -79,7 +81,7 @@ class Encoder:
             return self._bytes(image_bytes=given)["embedding"].numpy()
 
     def embed_images(self, images):
-        """Embeds images, uint8 [N, H, W, 3]: float32 [N, D]."""
+        """Embeds images, uint8 [N, H, W, channels]: float32 [N, D]."""
         return self._images(images=tf.constant(images))["embedding"].numpy()
 
 
@@ -110,7 +112,7 @@ def predict(encoder, body):
     if signature == "serving_bytes":
         embedding = encoder.embed_bytes([_from_base64(value) for value in values])
     else:
-        embedding = encoder.embed_images(_images(values))
+        embedding = encoder.embed_images(_images(values, encoder.channels))
     return {"predictions" if rows else "outputs": embedding.tolist()}
 
 
@@ -129,10 +131,11 @@ def _from_base64(value):
     return base64.b64decode(value["b64"], validate=True)
 
 
-def _images(values):
+def _images(values, channels):
     images = np.array(values)  # a ValueError where they are not of one size
-    if images.ndim != 4 or images.shape[-1] != 3 or not images.size or images.dtype.kind != "i":
-        raise ValueError("images must be integers [height][width][3], all of one size")
+    shape_fits = images.ndim == 4 and images.shape[-1] == channels and images.size
+    if not shape_fits or images.dtype.kind != "i":
+        raise ValueError(f"images must be integers [height][width][{channels}], all of one size")
     if images.min() < 0 or images.max() > 255:
         raise ValueError("images must be of 0 to 255")
     return images.astype(np.uint8)

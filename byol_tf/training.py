@@ -222,9 +222,15 @@ class Watch(keras.callbacks.Callback):
                 for name, value in figures.items():
                     tf.summary.scalar(name, value)
 
+    def show(self, name, image, step):
+        """Writes an image, uint8 [H, W, 3], to TensorBoard."""
+        with writing(self.metrics_file.parent), self.writer.as_default(step=step):
+            tf.summary.image(name, image[tf.newaxis])
+            self.writer.flush()  # to be seen while the first steps run
+
     def has_logged(self, name):
         """Whether metrics.jsonl has a figure of this name, of the last step."""
-        found = map(_figures, self._lines())
+        found = read_metrics(self.metrics_file)
         return any(figures["step"] == self._step and name in figures for figures in found)
 
     @contextlib.contextmanager
@@ -235,14 +241,9 @@ class Watch(keras.callbacks.Callback):
         if self._started is not None:
             self._started += time.perf_counter() - begun
 
-    def _lines(self):
-        if not self.metrics_file.exists():
-            return []
-        return self.metrics_file.read_text(errors="replace").splitlines(keepends=True)
-
     def _forget_later_steps(self):
         """Drops lines of steps that were lost when a run was killed and are done again."""
-        lines = self._lines()
+        lines = _lines(self.metrics_file)
         kept = [line for line in lines if _figures(line)["step"] <= self._step]
         if kept != lines:
             write_text(self.metrics_file, "".join(kept))
@@ -283,13 +284,28 @@ class Watch(keras.callbacks.Callback):
         self._collapsed = collapsed
 
 
+def read_metrics(file):
+    """The figures of metrics.jsonl, a dict a line with "step"; lines that are damaged are left out.
+
+    Args: file: its path; where there is none, there are no figures.
+    """
+    return [found for found in map(_figures, _lines(file)) if found["step"] < float("inf")]
+
+
+def _lines(file):
+    if not file.exists():
+        return []
+    return file.read_text(errors="replace").splitlines(keepends=True)
+
+
 def _figures(line):
     """What a line of metrics.jsonl holds; of one that was cut off, a step that never comes."""
     try:
         found = json.loads(line) if line.endswith("\n") else {}
     except ValueError:
         found = {}
-    return found if isinstance(found, dict) and "step" in found else {"step": float("inf")}
+    whole = isinstance(found, dict) and isinstance(found.get("step"), int)
+    return found if whole else {"step": float("inf")}
 
 
 def _is_finite(value):

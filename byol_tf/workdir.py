@@ -106,20 +106,29 @@ def check_flags(saved, pretrain):
             )
 
 
-def update_results(workdir, **results):
-    """Merges figures into results.json, keeping what is there; None takes one out."""
+def read_results(workdir):
+    """The figures of results.json; none where there is no such file yet.
+
+    Raises:
+      UserError: if it is not JSON.
+    """
     path = _file(workdir, "results.json")
     try:
-        merged = json.loads(path.read_text()) if path.exists() else {}
+        return json.loads(path.read_text()) if path.exists() else {}
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error}): mend or remove it.") from error
+
+
+def update_results(workdir, **results):
+    """Merges figures into results.json, keeping what is there; None takes one out."""
+    merged = read_results(workdir)
     for key, value in results.items():
         if isinstance(value, dict):
             value = {**merged.get(key, {}), **value}
         merged[key] = value
     merged = {key: value for key, value in merged.items() if value is not None}
-    merged["versions"] = _versions()
-    write_text(path, json.dumps(merged, indent=2) + "\n")
+    merged["versions"] = versions()
+    write_text(_file(workdir, "results.json"), json.dumps(merged, indent=2) + "\n")
 
 
 def weights_sha256(weights):
@@ -131,7 +140,7 @@ def weights_sha256(weights):
 
 
 def write_text(path, text):
-    """`write_bytes` of text."""
+    """`write_bytes` of text, in UTF-8."""
     write_bytes(path, text.encode())
 
 
@@ -162,13 +171,14 @@ def _file(workdir, name):
     return pathlib.Path(workdir).expanduser() / name
 
 
-def _versions():
+def versions():
+    """Name -> version, of Python and the packages a run depends on most."""
     import importlib.metadata
 
-    versions = {"python": sys.version.split()[0]}
+    found = {"python": sys.version.split()[0]}
     for package in ("tensorflow", "keras", "tf-keras", "tensorflow-addons", "tensorflow-datasets"):
         try:
-            versions[package] = importlib.metadata.version(package)
+            found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return versions
+    return found

@@ -235,7 +235,7 @@ def test_killed_at_any_moment_of_a_save(manager, number, monkeypatch, tmp_path):
 
                 return call
 
-            for name in ("replace", "unlink", "mkdir", "write_text"):
+            for name in ("replace", "unlink", "mkdir", "write_bytes"):
                 patch.setattr(pathlib.Path, name, killed_in_time(getattr(pathlib.Path, name)))
             patch.setattr(checkpoints, "_sync", killed_in_time(checkpoints._sync))
             try:

@@ -126,6 +126,12 @@ def normalize(images):
     return _standardize(_to_float(images), tf.constant(mean), tf.constant(std))
 
 
+def denormalize(images):
+    """`normalize` undone, to look at: float [..., 3] -> uint8 [..., 3], rounded."""
+    images = images * tf.constant(IMAGENET_STD) + tf.constant(IMAGENET_MEAN)
+    return tf.saturate_cast(tf.round(255.0 * images), tf.uint8)
+
+
 def adjust_brightness(planes, offset):
     """Adds offset [B] to every channel; see `augment` about planes."""
     offset = _per_image(offset)

@@ -4,8 +4,10 @@ The data's way: source (encoded images) -> crop and resize (uint8) -> photometri
 augmentation (float32), the last on the host or on the accelerator.
 """
 
+import dataclasses
 import os
 
+import numpy as np
 import tensorflow as tf
 
 from byol_tf.data import augment, crop, decode
@@ -186,6 +188,60 @@ def eval_batches(source, *, image_size, batch_size=256):
 
     batches = _map(source.dataset, centre).batch(batch_size)
     return batches.with_options(_options()).prefetch(2)
+
+
+def images_at(source, places, image_size):
+    """The images at these places of a source, centre-cropped; no other is decoded.
+
+    Args: source: a `byol_tf.data.source.Source`. places: N integers. image_size: in pixels.
+
+    Returns: uint8 array [N, image_size, image_size, 3].
+    """
+    wanted = tf.constant(places, tf.int64)
+    chosen = source.dataset.filter(lambda record: tf.reduce_any(record["index"] == wanted))
+    images = {}
+    for batch in eval_batches(dataclasses.replace(source, dataset=chosen), image_size=image_size):
+        images.update(zip(batch["index"].numpy(), batch["image"].numpy()))
+    return np.stack([images[place] for place in places])
+
+
+def view_pairs(
+    source,
+    count,
+    *,
+    image_size,
+    seed=0,
+    step=0,
+    min_crop_area=crop.AREA_RANGE[0],
+    augmentation="paper",
+):
+    """Both views of a few images as the networks see them, in 8 bits to look at.
+
+    The images, drawn among the first thousand (of files, among all), are not those of the
+    step, which would take a pass over an epoch's order; their views are made the same way.
+
+    Args:
+      source: a `byol_tf.data.source.Source`.
+      count: pairs; as many as there are images where they are fewer.
+      step: of the training; each gives other views.
+      image_size, seed, min_crop_area, augmentation: as of `pretrain_batches`.
+
+    Returns: uint8 array [count, 2, image_size, image_size, 3].
+    """
+    count = min(count, source.num_examples)
+    among = source.num_examples if source.read else 1024
+    records = source.dataset.shuffle(among, seed=seed, reshuffle_each_iteration=False).take(count)
+    draws = tf.random.stateless_uniform([count, 2, _DRAWS], [seed, step])
+    area_range = (min_crop_area, crop.AREA_RANGE[1])
+
+    def crop_both(record, draws):
+        return _crop_encoded(source, record, draws, image_size, area_range)
+
+    records = tf.data.Dataset.zip((records, tf.data.Dataset.from_tensor_slices(draws)))
+    batch = next(iter(_map(records, crop_both).batch(count)))
+    # Not in the dataset: to trace the augmentation takes seconds, to do it once does not.
+    batch = augment_batch(batch, augmentation)
+    return augment.denormalize(tf.stack([batch["view1"], batch["view2"]], 1)).numpy()
 
 
 def _fits_in_memory(source):

@@ -10,7 +10,7 @@ from byol_tf import checkpoints, distribution, workdir
 from byol_tf.data import views
 from byol_tf.errors import UserError, reason
 from byol_tf.keras_api import keras
-from byol_tf.tasks import embed, evaluate, export, pretrain, run, search
+from byol_tf.tasks import embed, evaluate, export, pretrain, report, run, search
 
 FLAGS = flags.FLAGS
 TASKS = {
@@ -22,6 +22,7 @@ TASKS = {
     "finetune": evaluate.finetune,
     "export": export.export,
     "embed": embed.embed,
+    "report": report.write_report,
     "search": search.search,
     "duplicates": search.duplicates,
 }
@@ -83,7 +84,8 @@ def _check_inputs(tasks):
       UserError: if a split cannot be read or is empty, or the workdir cannot be written.
     """
     for split, dataset in _sources(tasks):
-        if split == FLAGS.eval_split and not run.source(FLAGS.train_split).class_names:
+        evaluated = split == FLAGS.eval_split and "report" not in tasks
+        if evaluated and not run.source(FLAGS.train_split).class_names:
             continue  # nothing to evaluate: the tasks say so and go on
         if not run.source(split, dataset).num_examples:
             raise UserError(f"split {split!r} of --dataset={dataset} is empty.")
@@ -97,7 +99,7 @@ def _check_inputs(tasks):
                 FLAGS.warmup_epochs,
                 FLAGS.epochs,
             )
-    measured = set(_JUDGED) & set(tasks) or ("pretrain" in tasks and FLAGS.knn_every)
+    measured = {*_JUDGED, "report"} & set(tasks) or ("pretrain" in tasks and FLAGS.knn_every)
     if measured and FLAGS.eval_split == FLAGS.train_split:
         logging.warning("--eval_split is --train_split: the accuracies are of images trained on.")
     if "search" in tasks:
@@ -124,7 +126,7 @@ def _sources(tasks):
     """What the tasks read, (split, data set), each once."""
     splits = {
         "pretrain": [FLAGS.train_split] + ([FLAGS.eval_split] if FLAGS.knn_every else []),
-        **dict.fromkeys(_JUDGED, [FLAGS.train_split, FLAGS.eval_split]),
+        **dict.fromkeys((*_JUDGED, "report"), [FLAGS.train_split, FLAGS.eval_split]),
         **dict.fromkeys(("embed", "search", "duplicates"), [FLAGS.embed_split]),
     }
     sources = [(split, FLAGS.dataset) for task in tasks for split in splits.get(task, ())]

@@ -6,7 +6,7 @@ import math
 import tensorflow as tf
 from absl import flags, logging
 
-from byol_tf import checkpoints, deepmind, distribution, evaluation, training, workdir
+from byol_tf import checkpoints, deepmind, distribution, evaluation, report, training, workdir
 from byol_tf.data import views
 from byol_tf.errors import Preempted, UserError
 from byol_tf.model import BYOL
@@ -82,6 +82,9 @@ def pretrain():
             measure = stop.at_once()(measure)
             callbacks.append(checkpoints.KeepBest(manager, saves.save, measure, every, watch))
         callbacks.append(stop)
+        step = int(model.optimizer.iterations.numpy())
+        if distribution.is_chief(strategy) and step < total_steps:
+            watch.show("views", report.view_sheet(run.view_pairs(16, step)), step)
         try:
             training.train(
                 model,

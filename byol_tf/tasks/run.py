@@ -9,6 +9,7 @@ import tensorflow as tf
 from absl import flags
 
 from byol_tf import checkpoints, distribution, evaluation, resnet
+from byol_tf.data import views
 from byol_tf.data.source import load_source
 from byol_tf.keras_api import keras
 
@@ -105,6 +106,22 @@ def features(what, split):
         return evaluation.raw_pixels(source(split), image_size=min(FLAGS.image_size, 32))
     of = trained_encoder() if what == "trained" else random_encoder()
     return evaluation.extract_features(of, source(split), image_size=FLAGS.image_size)
+
+
+def view_pairs(count, step):
+    """Pairs of views as the networks see them in training; see `views.view_pairs`.
+
+    Whatever --augment_on: the host makes the same of them as the accelerator.
+    """
+    return views.view_pairs(
+        source(FLAGS.train_split),
+        count,
+        step=step,
+        image_size=FLAGS.image_size,
+        seed=FLAGS.seed,
+        min_crop_area=FLAGS.min_crop_area,
+        augmentation=FLAGS.augmentation,
+    )
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from byol_tf.contact_sheet import contact_sheet, thumbnail
 from byol_tf.data import decode, image_folder
 from byol_tf.data.source import Source
 from byol_tf.errors import UserError
+from byol_tf.report import as_rgb
 from byol_tf.tasks import embed, run
 
 FLAGS = flags.FLAGS
@@ -105,7 +106,9 @@ def _queries():
         "label": tf.fill([len(files)], tf.constant(-1, tf.int64)),
         "name": tf.constant([path.encode() for path in FLAGS.query]),
     }
-    return Source(tf.data.Dataset.from_tensor_slices(slices), len(files), None, None)
+    return Source(
+        tf.data.Dataset.from_tensor_slices(slices), len(files), None, None, channels=FLAGS.channels
+    )
 
 
 def _thumbnails(source, rows=None):
@@ -114,7 +117,9 @@ def _thumbnails(source, rows=None):
     records = source.dataset.filter(lambda record: tf.reduce_any(record["index"] == rows))
     examples = records.take(len(rows)).map(source.example)
     return {
-        int(example["index"]): thumbnail(decode.decode(example["image"]).numpy())
+        int(example["index"]): thumbnail(
+            as_rgb(decode.decode(example["image"], source.channels).numpy())
+        )
         for example in examples
     }
 

@@ -136,7 +136,7 @@ def test_gray_on_the_command_line(tmp_path):
         return subprocess.run(command, env=env, capture_output=True, text=True)
 
     done = main(
-        *("--task=pretrain,knn,linear_eval,export,embed", "--embed_split=test", "--channels=1"),
+        *("--task=pretrain,knn,linear_probe,export,embed", "--embed_split=test", "--channels=1"),
         *("--dataset=image_folder", f"--data_dir={tmp_path / 'images'}", "--eval_split=test"),
         *("--encoder=resnet18", "--width_multiplier=0.05", "--stem=small", "--image_size=16"),
         *("--projector_hidden_size=16", "--projector_output_size=8", "--optimizer=sgd"),

@@ -3,6 +3,7 @@
 from absl import flags
 
 from byol_tf import checkpoints, evaluation
+from byol_tf.backbone import resnet_backbone, save_backbone
 from byol_tf.embed import write_embeddings
 from byol_tf.export import export_encoder
 from byol_tf.tasks import run
@@ -11,12 +12,16 @@ FLAGS = flags.FLAGS
 
 
 def export():
-    """Writes the encoder as a SavedModel."""
+    """Writes the encoder as a SavedModel, and its feature maps as a Keras model."""
     path = run.folder() / "saved_model"
     encoder = run.trained_encoder()
     with checkpoints.writing(path):
         export_encoder(encoder, path, image_size=FLAGS.image_size)
     print(f"encoder exported to {path}")
+    path = run.folder() / "backbone.h5"
+    with checkpoints.writing(path):
+        save_backbone(resnet_backbone(encoder), path)
+    print(f"feature maps exported to {path}")
 
 
 def embed():

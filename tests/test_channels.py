@@ -147,7 +147,7 @@ def test_gray_on_the_command_line(tmp_path):
     assert found["steps"] == 4 and found["raw_pixels"]["knn_top1"] == 1.0  # dark and bright
     written = np.load(workdir / "embeddings.npz")
     names = [tmp_path / "images" / name for name in written["name"]]
-    signatures = tf.saved_model.load(str(workdir / "saved_model")).signatures
+    signatures = tf.saved_model.load(str(workdir / "saved_model" / "1")).signatures
     encoded = tf.constant([name.read_bytes() for name in names])
     of_bytes = signatures["serving_bytes"](image_bytes=encoded)["embedding"]
     np.testing.assert_allclose(of_bytes, written["embedding"], rtol=1e-4, atol=1e-5)

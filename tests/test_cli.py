@@ -75,7 +75,7 @@ def finished(main, images, tmp_path_factory):
 def test_default_tasks(finished):
     workdir, stdout, stderr = finished
     names = {"checkpoints", "tensorboard", "metrics.jsonl", "flags.txt", "results.json", ".lock"}
-    assert {path.name for path in workdir.iterdir()} == {*names, "saved_model"}
+    assert {path.name for path in workdir.iterdir()} == {*names, "saved_model", "backbone.h5"}
     assert list((workdir / "tensorboard").glob("events*"))
     steps = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in steps] == [2, 4]

@@ -71,3 +71,57 @@ flags.DEFINE_float(
     "Of --task=finetune: the classifier's learning rate over the encoder's (paper: 1).",
     lower_bound=0.0,
 )
+
+flags.DEFINE_string(
+    "dense_data",
+    None,
+    "Of --task=segmentation and --task=depth: a folder of arrays or a TFDS name such as "
+    "nyu_depth_v2; docs/evaluation.md has the form.",
+)
+flags.DEFINE_string(
+    "dense_data_dir", None, "Folder of TFDS's prepared --dense_data. Default: TFDS's."
+)
+flags.DEFINE_string("dense_train_split", "train", "Of --dense_data: what to learn from.")
+flags.DEFINE_string("dense_eval_split", "validation", "Of --dense_data: what to evaluate on.")
+flags.DEFINE_boolean(
+    "dense_frozen", False, "Of --task=segmentation and --task=depth: only the head learns."
+)
+flags.DEFINE_integer(
+    "segmentation_classes",
+    21,
+    "Classes of the masks, with the background (paper: VOC2012's 21).",
+    lower_bound=2,
+    upper_bound=255,
+)
+flags.DEFINE_integer("segmentation_steps", 30_000, "Steps (paper: 30000).", lower_bound=1)
+flags.DEFINE_integer("segmentation_batch_size", 16, "Images a step (paper: 16).", lower_bound=1)
+flags.DEFINE_integer(
+    "segmentation_crop",
+    513,
+    "Side in pixels of what is learned and judged (paper: 513).",
+    lower_bound=8,
+)
+_define_numbers(
+    "segmentation_learning_rates",
+    [0.001, 0.003162, 0.01, 0.03162, 0.1],
+    "Of --task=segmentation: learning rates to choose from (paper: these).",
+)
+flags.DEFINE_integer("depth_steps", 7500, "Steps (paper: 7500).", lower_bound=1)
+flags.DEFINE_integer("depth_batch_size", 256, "Images a step (paper: 256).", lower_bound=1)
+flags.DEFINE_float(
+    "depth_scale", 0.5, "Size of the images over what they were (paper: 0.5).", lower_bound=0.01
+)
+_define_numbers(
+    "depth_crop",
+    [228, 304],
+    "Height and width in pixels of the centre, after --depth_scale (paper: 228,304).",
+    number=int,
+)
+flags.DEFINE_float(
+    "depth_learning_rate", 0.16, "Learning rate (paper: 0.16 at batch 256).", lower_bound=0.0
+)
+
+
+@flags.validator("depth_crop", message="must be two numbers: height,width")
+def _height_and_width(crop):
+    return len(crop) == 2

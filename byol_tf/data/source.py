@@ -12,6 +12,7 @@ from byol_tf.data import decode
 from byol_tf.errors import UserError, one_line, reason
 
 _NETWORK_TIMEOUT = 10  # seconds; TFDS itself retries for minutes
+_DIR_FLAGS = {"dataset": "data_dir", "dense_data": "dense_data_dir"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,11 +76,20 @@ def load_source(dataset, split, data_dir=None, channels=3):
 
         _check_files_have(channels)
         return image_folder.load(split, data_dir, channels)
-    builder = _builder(dataset, data_dir)
+    return _read(open_builder(dataset, data_dir), dataset, split, channels)
+
+
+def open_builder(dataset, data_dir, flag="dataset"):
+    """The TFDS builder of a data set, which is prepared if it has not been yet.
+
+    Raises:
+      UserError: as `load_source`; names the flag that the data set is from.
+    """
+    builder = _builder(dataset, data_dir, flag)
     if not builder.is_prepared():
-        _prepare(builder, dataset, data_dir)
-        builder = _builder(dataset, data_dir)  # if another process did it, this one reads it so
-    return _read(builder, dataset, split, channels)
+        _prepare(builder, dataset, data_dir, flag)
+        builder = _builder(dataset, data_dir, flag)  # if another process did it, read so here
+    return builder
 
 
 def _check_files_have(channels):
@@ -91,7 +101,7 @@ def _check_files_have(channels):
         )
 
 
-def _builder(dataset, data_dir):
+def _builder(dataset, data_dir, flag):
     """The TFDS builder of a data set."""
     if dataset == "shapes":
         from byol_tf.data.shapes import Shapes
@@ -105,19 +115,19 @@ def _builder(dataset, data_dir):
         known = ["image_folder", "shapes", *tfds.list_builders(with_community_datasets=False)]
         close = ", ".join(difflib.get_close_matches(dataset, known)) or "image_folder, shapes"
         raise UserError(
-            f"--dataset={dataset}: no such data set; try {close}, or another of "
+            f"--{flag}={dataset}: no such data set; try {close}, or another of "
             "https://www.tensorflow.org/datasets/catalog."
         ) from error
     # AssertionError for a wrong version, others for a wrong configuration, a bad name or, of any
     # kind, for files of a prepared data set that are broken.
     except Exception as error:
         raise UserError(
-            f"--dataset={dataset}: TFDS cannot open it; give NAME, NAME/CONFIG or NAME:VERSION "
+            f"--{flag}={dataset}: TFDS cannot open it; give NAME, NAME/CONFIG or NAME:VERSION "
             f"({one_line(error)})."
         ) from error
 
 
-def _prepare(builder, dataset, data_dir):
+def _prepare(builder, dataset, data_dir, flag):
     """Downloads and prepares a data set as TFDS does, but fails within seconds and one line."""
     import tensorflow_datasets as tfds
 
@@ -128,11 +138,11 @@ def _prepare(builder, dataset, data_dir):
         builder.download_and_prepare(download_config=config)
     # Any of TFDS's thousand builders may raise anything.
     except Exception as error:
-        if _builder(dataset, data_dir).is_prepared():  # by another process, which was faster
+        if _builder(dataset, data_dir, flag).is_prepared():  # by another process, which was faster
             return
-        where = f"--data_dir={data_dir}" if data_dir else "~/tensorflow_datasets"
+        where = f"--{_DIR_FLAGS[flag]}={data_dir}" if data_dir else "~/tensorflow_datasets"
         raise UserError(
-            f"--dataset={dataset}: not prepared under {where}, and could not be now "
+            f"--{flag}={dataset}: not prepared under {where}, and could not be now "
             f"({type(error).__name__}: {one_line(error)}): {_mend(dataset, data_dir)}."
         ) from error
 

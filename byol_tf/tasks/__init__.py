@@ -10,7 +10,7 @@ from byol_tf import checkpoints, distribution, workdir
 from byol_tf.data import views
 from byol_tf.errors import UserError, reason
 from byol_tf.keras_api import keras
-from byol_tf.tasks import embed, evaluate, export, pretrain, report, run, search
+from byol_tf.tasks import dense, embed, evaluate, export, pretrain, report, run, search
 
 FLAGS = flags.FLAGS
 TASKS = {
@@ -20,6 +20,8 @@ TASKS = {
     "linear_probe": evaluate.linear_probe,
     "linear_eval": evaluate.linear_eval,
     "finetune": evaluate.finetune,
+    "segmentation": dense.segmentation,
+    "depth": dense.depth,
     "export": export.export,
     "embed": embed.embed,
     "report": report.write_report,
@@ -91,6 +93,8 @@ def _check_inputs(tasks):
             raise UserError(f"split {split!r} of --dataset={dataset} is empty.")
     if "finetune" in tasks and FLAGS.finetune_dataset:
         evaluate.check_classes()
+    for task in set(dense.TARGETS) & set(tasks):
+        dense.check(task)
     if "pretrain" in tasks:
         views.steps_per_epoch(run.source(FLAGS.train_split), FLAGS.batch_size)
         if FLAGS.warmup_epochs >= FLAGS.epochs:

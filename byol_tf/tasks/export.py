@@ -3,6 +3,7 @@
 from absl import flags
 
 from byol_tf import checkpoints
+from byol_tf.backbone import resnet_backbone, save_backbone
 from byol_tf.export import export_encoder
 from byol_tf.tasks import run
 
@@ -10,9 +11,16 @@ FLAGS = flags.FLAGS
 
 
 def export():
-    """Writes the encoder as a SavedModel, where TensorFlow Serving looks for version 1."""
+    """Writes the encoder as a SavedModel, where TensorFlow Serving looks for version 1.
+
+    Its feature maps beside it, as a Keras model.
+    """
     path = run.folder() / "saved_model" / "1"
     encoder = run.trained_encoder()
     with checkpoints.writing(path):
         export_encoder(encoder, path, image_size=FLAGS.image_size, channels=FLAGS.channels)
     print(f"encoder exported to {path}")
+    path = run.folder() / "backbone.h5"
+    with checkpoints.writing(path):
+        save_backbone(resnet_backbone(encoder), path)
+    print(f"feature maps exported to {path}")

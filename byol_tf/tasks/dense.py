@@ -1,0 +1,137 @@
+"""How well the encoder does in dense prediction, into results.json."""
+
+import contextlib
+
+import tensorflow as tf
+from absl import flags, logging
+
+from byol_tf import checkpoints, dense, workdir
+from byol_tf.data.dense import depth_batches, load_dense, segmentation_batches
+from byol_tf.errors import UserError, reason
+from byol_tf.keras_api import keras
+from byol_tf.tasks import run
+
+FLAGS = flags.FLAGS
+TARGETS = {"segmentation": "masks", "depth": "depths"}
+_HELD_OUT = 5  # every so-many-th image, to choose by: 2117 of 10,582 (paper: 2119)
+
+
+def segmentation():
+    """Trains and evaluates semantic segmentation; see `dense.segmentation_model`."""
+    train, test = _sources("segmentation")
+    rates, held_out_miou = FLAGS.segmentation_learning_rates, {}
+    with _faults_of_images():
+        if len(rates) > 1:
+            part, held_out = train.split(_HELD_OUT)
+            for rate in rates:
+                held_out_miou[rate] = _miou(part, held_out, rate) or 0.0
+        best = max(rates, key=held_out_miou.get) if held_out_miou else rates[0]
+        miou = _miou(train, test, best)
+    figures = {"miou": _converged(miou, f"--segmentation_learning_rates={best:g}")}
+    named = {f"{rate:g}": value for rate, value in held_out_miou.items()}
+    _report("segmentation", figures, train, learning_rate=best, held_out_miou=named)
+
+
+def _miou(train, test, rate):
+    """Mean IoU of a model trained at this rate, or None if it diverged."""
+    logging.info("segmentation: learning rate %g, %d images", rate, train.num_examples)
+    form = {
+        "crop": FLAGS.segmentation_crop,
+        "batch_size": FLAGS.segmentation_batch_size,
+        "num_classes": FLAGS.segmentation_classes,
+    }
+    keras.utils.set_random_seed(FLAGS.seed)
+    with run.local_strategy().scope():
+        model = dense.segmentation_model(
+            run.trained_encoder(), FLAGS.segmentation_classes, frozen=FLAGS.dense_frozen
+        )
+        converged = dense.train(
+            model,
+            segmentation_batches(train, **form, seed=FLAGS.seed),
+            dense.segmentation_loss,
+            steps=FLAGS.segmentation_steps,
+            learning_rate=rate,
+            weight_decay=1e-4,
+            verbose=run.verbosity(),
+        )
+        metric = dense.mean_iou(FLAGS.segmentation_classes)
+        batches = segmentation_batches(test, **form)
+        return dense.evaluate(model, batches, metric)["miou"] if converged else None
+
+
+def depth():
+    """Trains and evaluates depth; see `dense.depth_model`."""
+    train, test = _sources("depth")
+    form = {
+        "crop": FLAGS.depth_crop,
+        "scale": FLAGS.depth_scale,
+        "batch_size": FLAGS.depth_batch_size,
+    }
+    keras.utils.set_random_seed(FLAGS.seed)
+    with _faults_of_images(), run.local_strategy().scope():
+        model = dense.depth_model(run.trained_encoder(), frozen=FLAGS.dense_frozen)
+        converged = dense.train(
+            model,
+            depth_batches(train, **form, seed=FLAGS.seed),
+            dense.berhu,
+            steps=FLAGS.depth_steps,
+            learning_rate=FLAGS.depth_learning_rate,
+            weight_decay=5e-4,
+            verbose=run.verbosity(),
+        )
+        figures = converged and dense.evaluate(
+            model, depth_batches(test, **form), dense.DepthFigures()
+        )
+    _converged(figures, f"--depth_learning_rate={FLAGS.depth_learning_rate:g}")
+    _report("depth", figures, train, learning_rate=FLAGS.depth_learning_rate)
+
+
+def check(task):
+    """Opens what a task reads.
+
+    Raises:
+      UserError: if it cannot be read, or there is nothing in it.
+    """
+    for split, source in zip((FLAGS.dense_train_split, FLAGS.dense_eval_split), _sources(task)):
+        if not source.num_examples:
+            raise UserError(f"--dense_data={FLAGS.dense_data}: there are no images in {split!r}.")
+
+
+def _sources(task):
+    """What to learn from and what to evaluate on."""
+    if not FLAGS.dense_data:
+        raise UserError(f"--task={task} needs --dense_data: a folder of arrays or a TFDS name.")
+    return [
+        load_dense(FLAGS.dense_data, split, TARGETS[task], FLAGS.dense_data_dir)
+        for split in (FLAGS.dense_train_split, FLAGS.dense_eval_split)
+    ]
+
+
+@contextlib.contextmanager
+def _faults_of_images():
+    """Tells in one line of images or masks that turn out to be unusable."""
+    try:
+        yield
+    except tf.errors.OpError as error:
+        if "IteratorGetNext" not in error.message:  # not from the input pipeline
+            raise
+        raise UserError(f"--dense_data={FLAGS.dense_data}: {reason(error)}") from error
+
+
+def _converged(figures, flag):
+    if not figures:
+        raise UserError(f"{flag}: the loss is no longer finite: take a smaller one.")
+    return figures
+
+
+def _report(task, figures, train, **details):
+    """Prints and writes the figures, of a frozen and of a tuned encoder beside each other."""
+    what = "frozen" if FLAGS.dense_frozen else "tuned"
+    for name, value in figures.items():
+        print(f"{task:>12} {what:>8} {name:>10} {value:8.4f}", flush=True)
+    details = {**figures, **details, "images": train.num_examples}
+    workdir.update_results(
+        FLAGS.workdir,
+        **{task: {what: details}},
+        evaluated_step=checkpoints.step_of(run.chosen_checkpoint()),
+    )

@@ -38,7 +38,7 @@ _STYLE = {
 _PANEL = (4.2, 2.5)  # inches of a chart: one beside the other on a desktop, all of a phone's width
 _CURVES = {  # of metrics.jsonl: title and unit
     "loss": ("Loss, all parts", ""),
-    "prediction_loss": ("BYOL's loss (0 to 4)", ""),
+    "prediction_loss": ("BYOL's loss (0 to 8)", ""),
     "contrastive_loss": ("Contrastive loss", ""),
     "projection_std": ("Spread of the projections", "1: healthy, 0: collapsed"),
     "effective_rank": ("Effective rank of the features", "directions"),

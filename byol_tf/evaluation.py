@@ -141,5 +141,40 @@ def linear_probe_accuracy(train, test, *, seed=0):
     return float(fit(order, best).score(test_vectors, test.labels))
 
 
+def top_k_accuracies(classify, source, *, image_size, batch_size=256):
+    """Top-1 and top-5 accuracy on the labelled images of a source, centre-cropped.
+
+    Args:
+      classify: function from normalised images [B, S, S, 3] to logits [B, ..., classes].
+      source: a `byol_tf.data.source.Source`.
+      image_size: S, in pixels.
+      batch_size: images at a time.
+
+    Returns: float64 [2, ...]: top-1, and top-5, which of fewer classes takes all. Logits that are
+      not finite are wrong, so that what has diverged has accuracy 0.
+    """
+
+    @tf.function(
+        input_signature=[
+            tf.TensorSpec([None, image_size, image_size, 3], tf.uint8),
+            tf.TensorSpec([None], tf.int64),
+        ]
+    )
+    def count_correct(images, labels):
+        logits = classify(augment.normalize(images))
+        best = tf.math.top_k(logits, min(5, logits.shape[-1])).indices
+        labels = tf.reshape(labels, [-1] + [1] * (len(logits.shape) - 1))
+        hits = tf.equal(tf.cast(best, tf.int64), labels)
+        hits &= tf.reduce_all(tf.math.is_finite(logits), -1, keepdims=True)
+        correct = tf.stack([hits[..., 0], tf.reduce_any(hits, -1)])
+        return tf.reduce_sum(tf.cast(correct, tf.int64), 1)
+
+    correct, labelled = 0, 0
+    for batch in views.eval_batches(source, image_size=image_size, batch_size=batch_size):
+        correct += count_correct(batch["image"], batch["label"]).numpy()
+        labelled += np.sum(batch["label"].numpy() >= 0)
+    return correct / labelled
+
+
 def _unit(vectors):
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)

@@ -4,9 +4,9 @@ import math
 
 from absl import flags
 
-from byol_tf.config import data, devices, model, optimization, run
+from byol_tf.config import data, devices, evaluation, model, optimization, run
 
-MODULES = (run, data, model, optimization, devices)
+MODULES = (run, data, model, optimization, evaluation, devices)
 
 for _module in MODULES:
     for _flag in flags.FLAGS.get_flags_for_module(_module.__name__):

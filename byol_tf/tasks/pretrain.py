@@ -2,7 +2,6 @@
 
 import functools
 import math
-import sys
 
 import tensorflow as tf
 from absl import flags, logging
@@ -88,7 +87,7 @@ def pretrain():
                 epochs=FLAGS.epochs,
                 max_steps=FLAGS.max_steps,
                 callbacks=callbacks,
-                verbose=_verbosity(),
+                verbose=run.verbosity(),
             )
         except training.TrainingDiverged as error:
             raise UserError(str(error)) from error
@@ -111,8 +110,7 @@ def _training_results(model, watch):
     if watch.images_per_second:
         results["images_per_second"] = watch.images_per_second
         # The accuracies of before are of other weights.
-        stale = ("knn_top1", "knn200_top1", "linear_top1", "evaluated_step")
-        results.update(dict.fromkeys(stale))
+        results.update(dict.fromkeys(run.ACCURACIES))
     return results
 
 
@@ -189,13 +187,6 @@ def _batches_from(source, step, steps):
         return batches.take(steps)
 
     return distribution.distribute(run.strategy(), of_worker)
-
-
-def _verbosity():
-    """A bar where someone watches, else a line an epoch; nothing from those who do not write."""
-    if not distribution.is_chief(run.strategy()):
-        return 0
-    return 1 if sys.stdout.isatty() else 2
 
 
 def _check_classes(shapes, num_classes):

@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 import tensorflow as tf
 
-from byol_tf.data import augment, views
+from byol_tf.data import augment, crop, views
 from byol_tf.errors import UserError
 
 TEMPERATURE = 0.07  # of the neighbours' votes (Wu et al. 2018)
@@ -23,7 +23,7 @@ class Features:
 
     Attributes:
       vectors: float32 [N, D].
-      labels: int64 [N], -1 where there is none.
+      labels: int64 [N], -1 where there is none; of a source with several labels an image [N, K].
       names: list of N strings.
     """
 
@@ -32,7 +32,7 @@ class Features:
     names: list
 
 
-def extract_features(encoder, source, *, image_size, batch_size=256):
+def extract_features(encoder, source, *, image_size, batch_size=256, fraction=crop.CENTRE_FRACTION):
     """Runs every image of a source, centre-cropped, through a frozen encoder.
 
     Args:
@@ -40,6 +40,7 @@ def extract_features(encoder, source, *, image_size, batch_size=256):
       source: a `byol_tf.data.source.Source`.
       image_size: side of the encoder's input in pixels.
       batch_size: images at a time.
+      fraction: side of the crop over the shorter side of the image.
 
     Returns: `Features` with D the encoder's output size.
     """
@@ -49,7 +50,10 @@ def extract_features(encoder, source, *, image_size, batch_size=256):
     def embed(images):
         return encoder(augment.normalize(images), training=False)
 
-    return _collect(source, image_size, batch_size, embed)
+    batches = views.eval_batches(
+        source, image_size=image_size, batch_size=batch_size, fraction=fraction
+    )
+    return _collect(batches, embed)
 
 
 def raw_pixels(source, *, image_size):
@@ -58,12 +62,12 @@ def raw_pixels(source, *, image_size):
     def flatten(images):
         return augment.normalize(images).numpy().reshape(len(images), -1)
 
-    return _collect(source, image_size, 256, flatten)
+    return _collect(views.eval_batches(source, image_size=image_size), flatten)
 
 
-def _collect(source, image_size, batch_size, vectors_of):
+def _collect(batches, vectors_of):
     vectors, labels, names = [], [], []
-    for batch in views.eval_batches(source, image_size=image_size, batch_size=batch_size):
+    for batch in batches:
         vectors.append(np.asarray(vectors_of(batch["image"]), np.float32))
         labels.append(batch["label"].numpy())
         names += [name.decode(errors="replace") for name in batch["name"].numpy()]

@@ -102,20 +102,29 @@ def check_flags(saved, pretrain):
             )
 
 
-def update_results(workdir, **results):
-    """Merges figures into results.json, keeping what is there; None takes one out."""
+def read_results(workdir):
+    """What is in results.json, a dict; empty where there is none.
+
+    Raises:
+      UserError: if it is not JSON.
+    """
     path = _file(workdir, "results.json")
     try:
-        merged = json.loads(path.read_text()) if path.exists() else {}
+        return json.loads(path.read_text()) if path.exists() else {}
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error}): mend or remove it.") from error
+
+
+def update_results(workdir, **results):
+    """Merges figures into results.json, keeping what is there; None takes one out."""
+    merged = read_results(workdir)
     for key, value in results.items():
         if isinstance(value, dict):
             value = {**merged.get(key, {}), **value}
         merged[key] = value
     merged = {key: value for key, value in merged.items() if value is not None}
     merged["versions"] = _versions()
-    write_text(path, json.dumps(merged, indent=2) + "\n")
+    write_text(_file(workdir, "results.json"), json.dumps(merged, indent=2) + "\n")
 
 
 def weights_sha256(model):

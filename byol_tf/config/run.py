@@ -4,7 +4,7 @@ from absl import flags
 
 TASKS = (
     *("import_deepmind", "pretrain", "knn", "linear_probe", "linear_eval", "finetune"),
-    *("export", "embed"),
+    *("export", "embed", "transfer"),
 )
 
 flags.DEFINE_list(

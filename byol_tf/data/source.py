@@ -21,7 +21,8 @@ class Source:
     Attributes:
       dataset: a `tf.data.Dataset` of records, dicts of scalars: "index", int64, the position
         in the source; "image", string, the encoded image; "label", int64, -1 where there is
-        none; "name", string.
+        none, or with several labels an image, [K]: 1 for a class that is there, 0 for one that is
+        not, -1 where that is not to be judged; "name", string.
       num_examples: int.
       class_names: tuple of strings, or None where there are no labels.
       image_shape: (height, width, 3) where all decoded images are of this size, or None.
@@ -49,7 +50,7 @@ class Source:
         }
 
 
-def load_source(dataset, split, data_dir=None):
+def load_source(dataset, split, data_dir=None, *, multi_label=False):
     """Opens a data set; one from TFDS is downloaded and prepared if it has not been yet.
 
     Args:
@@ -58,6 +59,8 @@ def load_source(dataset, split, data_dir=None):
       split: a split of it, for TFDS with slices ("train[:10%]").
       data_dir: the folder of images, or that of TFDS's prepared data sets (None for
         `~/tensorflow_datasets`).
+      multi_label: of TFDS: the classes are those of "labels", several an image, as of "voc/2007";
+        of those only in "labels", not in "labels_no_difficult", nothing is judged.
 
     Returns: a `Source`.
 
@@ -72,7 +75,7 @@ def load_source(dataset, split, data_dir=None):
     if not builder.is_prepared():
         _prepare(builder, dataset, data_dir)
         builder = _builder(dataset, data_dir)  # if another process did it, this one reads it so
-    return _read(builder, dataset, split)
+    return _read(builder, dataset, split, multi_label)
 
 
 def _builder(dataset, data_dir):
@@ -139,7 +142,7 @@ def _check_network(builder):
         requests.head(urls[0], timeout=_NETWORK_TIMEOUT)
 
 
-def _read(builder, dataset, split):
+def _read(builder, dataset, split, multi_label):
     """The `Source` of a split of a prepared TFDS data set."""
     import tensorflow_datasets as tfds
 
@@ -156,10 +159,9 @@ def _read(builder, dataset, split):
             f"--dataset={dataset}: no split {split!r}; there are "
             f"{', '.join(builder.info.splits)}, and parts of them as in 'train[:10%]'."
         ) from error
-    label = _feature(features, "label")
-    has_label = isinstance(label, tfds.features.ClassLabel)
+    class_names, label_features, read_label = _labels(features, multi_label)
     names = [name for name in ("file_name", "id") if name in features][:1]
-    wanted = ["image", *(["label"] if has_label else []), *names]
+    wanted = ["image", *label_features, *names]
     decoders = tfds.decode.PartialDecoding(
         {name: True for name in wanted}, decoders={"image": tfds.decode.SkipDecoding()}
     )
@@ -172,23 +174,43 @@ def _read(builder, dataset, split):
         return {
             "index": index,
             "image": example["image"],
-            "label": example["label"] if has_label else tf.constant(-1, tf.int64),
+            "label": read_label(example),
             "name": tf.strings.as_string(example[names[0]])
             if names
             else tf.strings.join([split, "/", tf.strings.as_string(index)]),
         }
 
-    height, width = features["image"].shape[:2]
     images = examples.enumerate().map(as_example)
     height, width = features["image"].shape[:2]
     shape = (height, width, 3) if height and width else None
     return Source(
         dataset=images,
         num_examples=num_examples,
-        class_names=tuple(label.names) if has_label else None,
+        class_names=class_names,
         image_shape=shape,
         find_fault=lambda: _find_fault(builder, dataset, split, images, shape),
     )
+
+
+def _labels(features, multi_label):
+    """Class names or None, the features that tell the label, and the function that reads it."""
+    import tensorflow_datasets as tfds
+
+    label = _feature(features, "label")
+    if multi_label:
+        names = tuple(features["labels"].feature.names)
+
+        def several(example):
+            there, judged = (
+                tf.reduce_any(tf.one_hot(example[name], len(names), True, False), 0)
+                for name in ("labels", "labels_no_difficult")
+            )
+            return tf.where(judged, 1, tf.where(there, -1, tf.constant(0, tf.int64)))
+
+        return names, ["labels", "labels_no_difficult"], several
+    if isinstance(label, tfds.features.ClassLabel):
+        return tuple(label.names), ["label"], lambda example: example["label"]
+    return None, [], lambda example: tf.constant(-1, tf.int64)
 
 
 def _find_fault(builder, dataset, split, images, shape):

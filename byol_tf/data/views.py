@@ -161,13 +161,14 @@ def augment_batch(batch, augmentation="paper"):
     return {**views, **({"label": batch["label"]} if "label" in batch else {})}
 
 
-def eval_batches(source, *, image_size, batch_size=256):
+def eval_batches(source, *, image_size, batch_size=256, fraction=crop.CENTRE_FRACTION):
     """Every image once, in order, centre-cropped (paper, appendix C.1).
 
     Args:
       source: a `byol_tf.data.source.Source`.
       image_size: side of the result, in pixels.
       batch_size: in images.
+      fraction: side of the crop over the shorter side of the image.
 
     Returns:
       A dataset of dicts: "image", uint8 [B, image_size, image_size, 3], "label" and
@@ -176,7 +177,7 @@ def eval_batches(source, *, image_size, batch_size=256):
 
     def centre(record):
         example = source.example(record)
-        image = crop.centre_crop_and_resize(decode.decode(example["image"]), image_size)
+        image = crop.centre_crop_and_resize(decode.decode(example["image"]), image_size, fraction)
         image = tf.ensure_shape(image, [image_size, image_size, 3])
         return {**example, "image": image}
 

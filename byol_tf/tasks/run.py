@@ -16,7 +16,7 @@ FLAGS = flags.FLAGS
 # What results.json says of the encoder, and no longer holds when it is trained further.
 ACCURACIES = (
     *("knn_top1", "knn200_top1", "probe_top1", "linear_top1", "linear_top5", "linear_eval"),
-    *("finetune", "evaluated_step"),
+    *("finetune", "transfer", "evaluated_step"),
 )
 
 

@@ -44,16 +44,34 @@ def extract_features(encoder, source, *, image_size, batch_size=256, fraction=cr
 
     Returns: `Features` with D the encoder's output size.
     """
+    extract = feature_extractor(
+        encoder, source, image_size=image_size, batch_size=batch_size, fraction=fraction
+    )
+    return extract()
+
+
+def feature_extractor(
+    encoder, source, *, image_size, batch_size=256, fraction=crop.CENTRE_FRACTION
+):
+    """`extract_features` for whoever needs it again and again, of an encoder that learns.
+
+    Its graphs are made once: those that nobody needs any more are cycles of 5 MB, which Python's
+    collector finds too late, if at all.
+
+    Returns: function without arguments to the `Features` of the encoder as it is by then.
+    """
+
+    shape = [None, image_size, image_size, source.channels]
 
     # Not a `keras.Model`, which would take the strategy of a `fit` that this is called in.
-    @tf.function(input_signature=[tf.TensorSpec([None, image_size, image_size, 3], tf.uint8)])
+    @tf.function(input_signature=[tf.TensorSpec(shape, tf.uint8)])
     def embed(images):
         return encoder(augment.normalize(images), training=False)
 
     batches = views.eval_batches(
         source, image_size=image_size, batch_size=batch_size, fraction=fraction
     )
-    return _collect(batches, embed)
+    return lambda: _collect(batches, embed)
 
 
 def raw_pixels(source, *, image_size):
@@ -149,7 +167,7 @@ def top_k_accuracies(classify, source, *, image_size, batch_size=256):
     """Top-1 and top-5 accuracy on the labelled images of a source, centre-cropped.
 
     Args:
-      classify: function from normalised images [B, S, S, 3] to logits [B, ..., classes].
+      classify: function from normalised images [B, S, S, C] to logits [B, ..., classes].
       source: a `byol_tf.data.source.Source`.
       image_size: S, in pixels.
       batch_size: images at a time.
@@ -160,7 +178,7 @@ def top_k_accuracies(classify, source, *, image_size, batch_size=256):
 
     @tf.function(
         input_signature=[
-            tf.TensorSpec([None, image_size, image_size, 3], tf.uint8),
+            tf.TensorSpec([None, image_size, image_size, source.channels], tf.uint8),
             tf.TensorSpec([None], tf.int64),
         ]
     )

@@ -10,7 +10,7 @@ from byol_tf.classifier import binary_loss_and_accuracy, loss_and_accuracy
 from byol_tf.data import crop, subset
 from byol_tf.data.source import Source, load_source
 from byol_tf.errors import UserError
-from byol_tf.evaluation import Features, extract_features
+from byol_tf.evaluation import Features, extract_features, feature_extractor
 from byol_tf.finetune import FineTuned
 from byol_tf.keras_api import keras
 from byol_tf.linear_eval import fit_by_sgd
@@ -80,13 +80,14 @@ def find_set(name):
     return TransferSet(name, test=None)
 
 
-def load_set(chosen, data_dir=None, *, seed=0):
+def load_set(chosen, data_dir=None, *, channels=3, seed=0):
     """Opens a data set.
 
     Args:
       chosen: a `TransferSet`.
       data_dir: the folder of TFDS's prepared data sets (None for `~/tensorflow_datasets`). If
         its folder of the set's name has one called "train", it is read as by "image_folder".
+      channels: of the images, as of `load_source`.
       seed: int, of the draw of the held-out images, class by class.
 
     Returns: `Parts`.
@@ -104,9 +105,11 @@ def load_set(chosen, data_dir=None, *, seed=0):
 
     def split(name):
         if is_folder:
-            source = load_source("image_folder", name, str(folder))
+            source = load_source("image_folder", name, str(folder), channels)
         else:
-            source = load_source(chosen.name, name, data_dir, multi_label=chosen.multi_label)
+            source = load_source(
+                chosen.name, name, data_dir, channels, multi_label=chosen.multi_label
+            )
         if source.class_names is None or (
             not chosen.multi_label and subset.read_labels(source).min() < 0
         ):
@@ -343,8 +346,12 @@ def finetune_transfer(
     loss = binary_loss_and_accuracy if metric == "map11" else loss_and_accuracy
     model = FineTuned(encoder, len(parts.train.class_names), loss_and_accuracy=loss)
     start = model.get_weights()
+    scores_of_validation, scores_of_test = (
+        feature_extractor(model, source, image_size=image_size)
+        for source in (parts.validation, parts.test)
+    )
 
-    def train_and_judge(rate, decay, source, judge):
+    def train_and_judge(rate, decay, source, scores):
         if verbose:
             print(f"fine-tuning at learning rate {rate:.2g}, weight decay {decay:.2g}", flush=True)
         model.set_weights(start)
@@ -361,16 +368,16 @@ def finetune_transfer(
             seed=seed,
             verbose=verbose,
         )
-        found = extract_features(model, judge, image_size=image_size)
+        found = scores()
         return measure(found.vectors, found.labels) if np.isfinite(found.vectors).all() else 0.0
 
     values = {
-        settings: train_and_judge(*settings, parts.train, parts.validation)
+        settings: train_and_judge(*settings, parts.train, scores_of_validation)
         for settings in itertools.product(learning_rates, weight_decays)
     }
     best = max(values, key=values.get)
     return {
-        "value": train_and_judge(*best, parts.both, parts.test),
+        "value": train_and_judge(*best, parts.both, scores_of_test),
         "learning_rate": best[0],
         "weight_decay": best[1],
         "validation": {

@@ -317,6 +317,7 @@ def error_of(result):
     [
         ("--epoch=3", ["'epoch'", "epochs"]),
         ("--epochs=0", ["--epochs=0", "positive"]),
+        ("--epochs=1" + 30 * "0", ["epochs", "must be less than 2**31"]),
         ("--image_size=x", ["--image_size=x"]),
         ("--encoder=vgg", ["--encoder=vgg", "resnet18"]),
         ("--base_target_ema=1.5", ["--base_target_ema=1.5"]),

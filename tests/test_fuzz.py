@@ -20,6 +20,7 @@ from absl.testing import flagsaver
 from PIL import Image
 
 import byol_tf
+from byol_tf import config
 from byol_tf.data import decode, source, views
 from byol_tf.errors import UserError
 from byol_tf.keras_api import keras
@@ -496,10 +497,8 @@ WRONG_VALUES = (
 
 def test_wrong_values_of_every_flag(parse, tmp_path):
     found = []
-    for module in (
-        "byol_tf.config." + name for name in ("run data model optimization devices".split())
-    ):
-        for flag in flags.FLAGS.get_flags_for_module(module):
+    for module in config.MODULES:
+        for flag in flags.FLAGS.get_flags_for_module(module.__name__):
             for value in WRONG_VALUES:
                 found.append(parse(f"--workdir={tmp_path}", f"--{flag.name}={value}"))
     found = [error for error in found if error is not None]

@@ -9,6 +9,7 @@ import tensorflow as tf
 from byol_tf import finetune, linear_eval
 from byol_tf.classifier import linear_classifier
 from byol_tf.data import augment, subset, views
+from byol_tf.data.source import Source
 from byol_tf.errors import UserError
 from byol_tf.evaluation import top_k_accuracies
 from byol_tf.keras_api import keras
@@ -36,15 +37,9 @@ def coloured():
             "name": [str(i) for i in range(count)],
         }
         dataset = tf.data.Dataset.from_tensor_slices(slices)
-        return subset_source(dataset, count)
+        return Source(dataset, count, ("red", "green", "blue"), (16, 16, 3))
 
     return make
-
-
-def subset_source(dataset, count):
-    from byol_tf.data.source import Source
-
-    return Source(dataset, count, ("red", "green", "blue"), (16, 16, 3))
 
 
 def batches_of(data, size=8):
@@ -94,7 +89,7 @@ def test_together_is_each_alone(tiny_encoder):
         ).history
         for found, expected in zip((end[0][:, columns], end[1][columns]), alone.get_weights()):
             np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
-            assert np.abs(expected).max() > 0.05
+            assert np.abs(expected).max() > 0.005
         np.testing.assert_allclose(history[f"loss_at_{rate:g}"], alone_history["loss"], rtol=1e-4)
     assert np.abs(end[0][:, :3] - start[0][:, :3]).max() > 0.1
 
@@ -108,29 +103,24 @@ def test_together_on_two_replicas(tiny_encoder, mirrored):
 
 
 def test_a_rate_that_diverges_harms_no_other(coloured, tiny_encoder):
+    keras.utils.set_random_seed(0)
     encoder, train, test = tiny_encoder(), coloured(60), coloured(40, seed=1)
     settings = {"image_size": 16, "epochs": 20, "batch_size": 20, "verbose": 0}
-    keras.utils.set_random_seed(0)
-    rates = (1e38, 0.4)
+    rates = (np.inf, 0.4)
     figures = linear_eval.linear_evaluation(
         encoder, train, test, test, learning_rates=rates, **settings
     )
-    assert figures["held_out_top1"]["1e+38"] == 0.0
+    assert figures["held_out_top1"]["inf"] == 0.0
     assert figures["learning_rate"] == 0.4 and figures["top1"] > 0.8
     figures = linear_eval.linear_evaluation(
-        encoder, train, test, test, learning_rates=[1e38], **settings
+        encoder, train, test, test, learning_rates=[np.inf], **{**settings, "epochs": 1}
     )
     assert figures["top1"] == figures["top5"] == 0.0
-    keras.utils.set_random_seed(0)
-    figures = finetune.fine_tune(
-        encoder, train, test, test, learning_rates=(1e30, 0.5), **{**settings, "epochs": (10,)}
-    )
-    assert figures["held_out_top1"]["10"]["1e+30"] == 0.0
-    assert figures["learning_rate"] == 0.5 and figures["top1"] > 0.5
 
 
 def test_linear_evaluation(coloured, tiny_encoder):
     """Learns what is there and no more, from a frozen encoder whose statistics are no batch's."""
+    keras.utils.set_random_seed(0)
     encoder = tiny_encoder()
     encoder.layers[1].moving_mean.assign(np.linspace(-0.5, 0.5, 8))
     encoder.layers[1].moving_variance.assign(np.linspace(0.5, 2, 8))
@@ -140,7 +130,7 @@ def test_linear_evaluation(coloured, tiny_encoder):
         sources = [coloured(n, i, informative) for i, n in enumerate((120, 60, 60))]
         found.append(
             linear_eval.linear_evaluation(
-                encoder, *sources, image_size=16, epochs=40, batch_size=40, verbose=0
+                encoder, *sources, image_size=16, epochs=20, batch_size=40, verbose=0
             )
         )
     learned, guessed = found
@@ -155,6 +145,7 @@ def test_linear_evaluation(coloured, tiny_encoder):
 
 def test_fine_tuning(coloured, tiny_encoder):
     """Trains all weights and the statistics; ends with those of the setting that it reports."""
+    keras.utils.set_random_seed(0)
     encoder = tiny_encoder()
     before = encoder.get_weights()
     train, held_out, test = (coloured(n, i) for i, n in enumerate((90, 60, 60)))
@@ -162,21 +153,17 @@ def test_fine_tuning(coloured, tiny_encoder):
         encoder,
         *(train, held_out, test),
         image_size=16,
-        learning_rates=(1e-6, 0.5),
-        epochs=(2, 30),
+        learning_rates=(0.5, np.inf),
+        epochs=(8, 1),
         batch_size=30,
         verbose=0,
     )
     assert figures["top1"] > 0.9 and figures["top5"] == 1.0
-    assert (figures["epochs"], figures["learning_rate"]) == (30, 0.5)
-    assert figures["held_out_top1"]["2"]["1e-06"] < 0.7 < figures["held_out_top1"]["30"]["0.5"]
+    assert (figures["epochs"], figures["learning_rate"]) == (8, 0.5)
+    # The last training is not the one that was chosen: it diverged.
+    assert figures["held_out_top1"]["1"]["inf"] == 0.0
     for weight, value in zip(encoder.get_weights(), before):  # moving statistics as well
         assert np.abs(weight - value).max() > 1e-3
-    # They are the weights that were judged: a second look at them says the same.
-    probe = linear_eval.linear_evaluation(
-        encoder, train, held_out, test, image_size=16, epochs=20, batch_size=30, verbose=0
-    )
-    assert probe["top1"] > 0.9
 
 
 def fine_tuned(encoder, data, classifier_rate=1.0, strategy=None):
@@ -184,21 +171,26 @@ def fine_tuned(encoder, data, classifier_rate=1.0, strategy=None):
     with strategy.scope():
         keras.utils.set_random_seed(1)
         model = finetune.FineTuned(encoder(strategy.num_replicas_in_sync > 1), 3, classifier_rate)
-        start = model.get_weights()
+        start = weights_of(model)
         model.compile(sgd(0.05))
     model.fit(batches_of(data, 20), epochs=3, verbose=0)
-    return start, model
+    return start, weights_of(model)
+
+
+def weights_of(model):
+    return model.encoder.get_weights() + model.classifier.get_weights()
 
 
 def test_fine_tuning_is_keras_training(tiny_encoder):
     """With one rate it is `fit` of the two layers after each other."""
     data = random_batches()
-    start, model = fine_tuned(tiny_encoder, data)
+    start, end = fine_tuned(tiny_encoder, data)
     plain = keras.Sequential([tiny_encoder(), linear_classifier(8, 3)])
+    plain.build((None, 16, 16, 3))
     plain.set_weights(start)
     plain.compile(sgd(0.05), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     plain.fit(data["view1"], data["label"], batch_size=20, epochs=3, shuffle=False, verbose=0)
-    for found, expected in zip(model.get_weights(), plain.get_weights()):
+    for found, expected in zip(end, plain.get_weights()):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
@@ -223,19 +215,22 @@ def test_fine_tuning_on_two_replicas(tiny_encoder, mirrored):
     data = random_batches()
     _, one = fine_tuned(tiny_encoder, data)
     _, two = fine_tuned(tiny_encoder, data, strategy=mirrored)
-    for a, b in zip(one.get_weights(), two.get_weights()):
+    for a, b in zip(one, two):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
 
 
 def test_both_on_two_replicas_to_the_end(coloured, tiny_encoder, mirrored):
     """With a batch that two do not divide, and evaluation outside of `fit`."""
+    keras.utils.set_random_seed(0)
     sources = [coloured(n, i) for i, n in enumerate((45, 20, 20))]
     with mirrored.scope():
         encoder = tiny_encoder(synchronized=True)
         settings = {"image_size": 16, "batch_size": 1024, "verbose": 0}
-        figures = linear_eval.linear_evaluation(encoder, *sources, epochs=60, **settings)
+        figures = linear_eval.linear_evaluation(encoder, *sources, epochs=40, **settings)
         assert figures["top1"] > 0.8
-        figures = finetune.fine_tune(encoder, *sources, epochs=(40,), **settings)
+        figures = finetune.fine_tune(
+            encoder, *sources, epochs=(20,), learning_rates=(0.5,), **settings
+        )
         assert figures["top1"] > 0.8
 
 

@@ -361,7 +361,7 @@ def test_finetune_transfer(coloured, tiny_encoder, monkeypatch, metric):
     parts = coloured_parts(coloured, several=metric == "map11")
     encoder = tiny_encoder()
     trained, judged, starts = [], [], []
-    fit, judge = transfer.fit_by_sgd, transfer.extract_features
+    fit, extractor = transfer.fit_by_sgd, transfer.feature_extractor
 
     def spy_fit(model, source, **how):
         starts.append(model.get_weights())
@@ -370,11 +370,11 @@ def test_finetune_transfer(coloured, tiny_encoder, monkeypatch, metric):
         fit(model, source, **how)
 
     def spy_judge(model, source, **how):
-        judged.append(source)
-        return judge(model, source, **how)
+        judge = extractor(model, source, **how)
+        return lambda: judged.append(source) or judge()
 
     monkeypatch.setattr(transfer, "fit_by_sgd", spy_fit)
-    monkeypatch.setattr(transfer, "extract_features", spy_judge)
+    monkeypatch.setattr(transfer, "feature_extractor", spy_judge)
     settings = {"learning_rates": (1e-6, 1.0, 1e30), "weight_decays": (0.0, 1e-4)}
     found = transfer.finetune_transfer(
         encoder, parts, metric, image_size=16, steps=40, batch_size=30, verbose=0, **settings

@@ -18,7 +18,7 @@ class _PositiveNumbers(flags.ListParser):
         numbers = [self.number(part) for part in super().parse(argument)]
         if not numbers or not all(self._allowed(n) for n in numbers):
             least = "of at least 0" if self.zero else "above 0"
-            most = "" if math.isinf(self.largest) else f", at most {self.largest:g}"
+            most = "" if math.isinf(self.largest) else f", at most {self.largest}"
             raise ValueError(f"must be a comma list of finite numbers {least}{most}")
         return numbers
 
@@ -66,6 +66,7 @@ _define_numbers(
     [30, 50],
     "Of --task=finetune: passes over the labelled images to choose from (paper: 30,50).",
     number=int,
+    largest=2**31 - 1,
 )
 flags.DEFINE_integer(
     "finetune_batch_size", 1024, "Of --task=finetune: images a step (paper: 1024).", lower_bound=1

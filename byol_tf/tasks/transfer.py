@@ -24,7 +24,9 @@ def transfer():
     for name in dict.fromkeys(FLAGS.transfer or [known.name for known in sets.SETS]):
         chosen = sets.find_set(name)
         with _left_out(chosen, faults):
-            parts[chosen] = sets.load_set(chosen, _data_dir(), seed=FLAGS.seed)
+            parts[chosen] = sets.load_set(
+                chosen, _data_dir(), channels=FLAGS.channels, seed=FLAGS.seed
+            )
     for chosen, part in parts.items():
         for mode in FLAGS.transfer_mode:
             with _left_out(chosen, faults, part):
@@ -32,10 +34,8 @@ def transfer():
     if parts.keys() - faults.keys():
         print(_table(), flush=True)
     if faults:
-        raise UserError(
-            f"--transfer: left out {', '.join(chosen.name for chosen in faults)}: "
-            f"{next(iter(faults.values()))}"
-        )
+        names = ", ".join(chosen.name for chosen in faults)
+        raise UserError(f"--transfer: left out {names}: the warnings above say why, and the mend.")
 
 
 def _data_dir():
@@ -61,11 +61,8 @@ def _left_out(chosen, faults, part=None):
 
 
 def _linear(chosen, part):
-    return sets.linear_transfer(*_features(part), chosen.metric)
-
-
-def _features(part):
-    return sets.extract_parts(run.trained_encoder(), part, FLAGS.image_size)
+    parts = sets.extract_parts(run.trained_encoder(), part, FLAGS.image_size)
+    return sets.linear_transfer(*parts, chosen.metric)
 
 
 def _finetune(chosen, part):

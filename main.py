@@ -21,7 +21,9 @@ def parse(argv):
     try:
         FLAGS(argv)
         saved = workdir.read_flags(FLAGS.workdir)
-        lines = [line for name, line in saved.items() if name not in ("task", "workdir")]
+        lines = [
+            line for name, line in saved.items() if name not in ("task", "workdir", "transfer")
+        ]
         FLAGS.unparse_flags()
         return FLAGS([argv[0], *lines, *argv[1:]])
     except (flags.Error, UserError) as error:

@@ -15,6 +15,19 @@ def linear_classifier(embedding_size, num_classes):
     return classifier
 
 
+def binary_loss_and_accuracy(logits, labels):
+    """Cross-entropy, summed over the classes, and accuracy of yes or no; float32 scalars.
+
+    Args: logits: float32 [B, K]. labels: int [B, K]; 1: there, 0: not, -1: does not count.
+    """
+    known = tf.cast(labels >= 0, tf.float32)
+    there = tf.cast(labels > 0, tf.float32)
+    losses = tf.nn.sigmoid_cross_entropy_with_logits(there, logits)
+    correct = tf.cast(tf.equal(logits > 0, labels > 0), tf.float32)
+    loss = tf.reduce_mean(tf.reduce_sum(losses * known, -1))
+    return loss, tf.math.divide_no_nan(tf.reduce_sum(correct * known), tf.reduce_sum(known))
+
+
 def loss_and_accuracy(logits, labels):
     """Cross-entropy and accuracy, float32 scalars, of the images that have a label.
 

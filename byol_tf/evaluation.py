@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 import tensorflow as tf
 
-from byol_tf.data import augment, views
+from byol_tf.data import augment, crop, views
 from byol_tf.errors import UserError
 
 TEMPERATURE = 0.07  # of the neighbours' votes (Wu et al. 2018)
@@ -23,7 +23,7 @@ class Features:
 
     Attributes:
       vectors: float32 [N, D].
-      labels: int64 [N], -1 where there is none.
+      labels: int64 [N], -1 where there is none; of a source with several labels an image [N, K].
       names: list of N strings.
     """
 
@@ -32,7 +32,7 @@ class Features:
     names: list
 
 
-def extract_features(encoder, source, *, image_size, batch_size=256):
+def extract_features(encoder, source, *, image_size, batch_size=256, fraction=crop.CENTRE_FRACTION):
     """Runs every image of a source, centre-cropped, through a frozen encoder.
 
     Args:
@@ -40,13 +40,19 @@ def extract_features(encoder, source, *, image_size, batch_size=256):
       source: a `byol_tf.data.source.Source`.
       image_size: side of the encoder's input in pixels.
       batch_size: images at a time.
+      fraction: side of the crop over the shorter side of the image.
 
     Returns: `Features` with D the encoder's output size.
     """
-    return feature_extractor(encoder, source, image_size=image_size, batch_size=batch_size)()
+    extract = feature_extractor(
+        encoder, source, image_size=image_size, batch_size=batch_size, fraction=fraction
+    )
+    return extract()
 
 
-def feature_extractor(encoder, source, *, image_size, batch_size=256):
+def feature_extractor(
+    encoder, source, *, image_size, batch_size=256, fraction=crop.CENTRE_FRACTION
+):
     """`extract_features` for whoever needs it again and again, of an encoder that learns.
 
     Its graphs are made once: those that nobody needs any more are cycles of 5 MB, which Python's
@@ -62,7 +68,9 @@ def feature_extractor(encoder, source, *, image_size, batch_size=256):
     def embed(images):
         return encoder(augment.normalize(images), training=False)
 
-    batches = views.eval_batches(source, image_size=image_size, batch_size=batch_size)
+    batches = views.eval_batches(
+        source, image_size=image_size, batch_size=batch_size, fraction=fraction
+    )
     return lambda: _collect(batches, embed)
 
 

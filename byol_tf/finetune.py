@@ -25,13 +25,21 @@ class FineTuned(keras.Model):
         those of the batch, as in pretraining.
       num_classes: int.
       classifier_rate: the classifier's learning rate over the encoder's.
+      loss_and_accuracy: function of logits and labels.
+
+    Attributes:
+      weight_decay: float, L2 coefficient of all weights but biases and batch norm's; 0 at first.
     """
 
-    def __init__(self, encoder, num_classes, classifier_rate=1.0):
+    def __init__(
+        self, encoder, num_classes, classifier_rate=1.0, loss_and_accuracy=loss_and_accuracy
+    ):
         super().__init__(name="fine_tuned")
         self.encoder = encoder
         self.classifier = linear_classifier(encoder.output_shape[-1], num_classes)
         self.classifier_rate = classifier_rate
+        self.loss_and_accuracy = loss_and_accuracy
+        self.weight_decay = 0.0
         self.distribute_reduction_method = "first"  # as in `BYOL.compile`
         self._means = {key: keras.metrics.Mean(key) for key in ("loss", "accuracy")}
         self.built = True
@@ -40,9 +48,13 @@ class FineTuned(keras.Model):
         batch = unpack_views(batch)
         encoder, classifier = (part.trainable_variables for part in (self.encoder, self.classifier))
         with tf.GradientTape() as tape:
-            loss, accuracy = loss_and_accuracy(self(batch["view1"], training=True), batch["label"])
+            logits = self(batch["view1"], training=True)
+            loss, accuracy = self.loss_and_accuracy(logits, batch["label"])
+            decayed = [tf.nn.l2_loss(v) for v in (*encoder, *classifier) if v.shape.rank > 1]
             # Keras sums the gradients of the replicas.
-            replica_loss = loss / self.distribute_strategy.num_replicas_in_sync
+            replica_loss = (
+                loss + self.weight_decay * tf.add_n(decayed)
+            ) / self.distribute_strategy.num_replicas_in_sync
         of_encoder, of_classifier = tape.gradient(replica_loss, (encoder, classifier))
         # The steps of SGD are linear in the gradient.
         of_classifier = [self.classifier_rate * gradient for gradient in of_classifier]

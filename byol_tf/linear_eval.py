@@ -1,5 +1,7 @@
 """Linear evaluation by the paper's protocol: a sweep of learning rates (appendix C.1)."""
 
+import math
+
 import numpy as np
 import tensorflow as tf
 
@@ -136,7 +138,8 @@ def fit_by_sgd(
     *,
     learning_rate,
     image_size,
-    epochs,
+    epochs=1,
+    steps=None,
     batch_size,
     min_crop_area=crop.AREA_RANGE[0],
     seed=0,
@@ -153,6 +156,7 @@ def fit_by_sgd(
       learning_rate: float, base rate.
       image_size: side of the views in pixels.
       epochs: passes over the source.
+      steps: how many, instead of epochs.
       batch_size: images a step, over all replicas; the whole source where it is smaller.
       min_crop_area: smallest part of an image's area in a view.
       seed: int, of order and views.
@@ -160,18 +164,28 @@ def fit_by_sgd(
     """
     replicas = model.distribute_strategy.num_replicas_in_sync
     batch_size = max(1, min(batch_size, source.num_examples) // replicas) * replicas
-    steps = views.steps_per_epoch(source, batch_size)
-    schedule = WarmupCosine(learning_rate * batch_size / 256, epochs * steps)
+    per_epoch = views.steps_per_epoch(source, batch_size)
+    if steps:
+        epochs = 1  # to Keras: of so many steps
+    else:
+        steps = epochs * per_epoch
+    schedule = WarmupCosine(learning_rate * batch_size / 256, steps)
     model.compile(keras.optimizers.SGD(schedule, momentum=0.9, nesterov=True))
     batches = views.pretrain_batches(
         source,
         image_size=image_size,
         batch_size=batch_size,
-        epochs=epochs,
+        epochs=math.ceil(steps / per_epoch),
         seed=seed,
         min_crop_area=min_crop_area,
         augmentation="crop_flip",
         num_views=1,
     )
     stop = keras.callbacks.TerminateOnNaN()  # of a model with one "loss"
-    model.fit(batches, epochs=epochs, steps_per_epoch=steps, callbacks=[stop], verbose=verbose)
+    model.fit(
+        batches,
+        epochs=epochs,
+        steps_per_epoch=steps // epochs,
+        callbacks=[stop],
+        verbose=verbose,
+    )

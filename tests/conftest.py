@@ -1,4 +1,4 @@
-"""What the tests share: two logical CPUs, small sources without files, and main.py."""
+"""What the tests share: two logical CPUs, small sources and data sets, and main.py."""
 
 import os
 import pathlib
@@ -80,3 +80,59 @@ def tiny_encoder():
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def prepare_set():
+    """Function that prepares a `transfer.TransferSet` with so many images a split, of which TFDS'
+    own builder tells the features; what TFDS lacks becomes a folder. Three classes, in turn."""
+    import tensorflow_datasets as tfds
+
+    def value(feature, i, seed):
+        if isinstance(feature, tfds.features.ClassLabel):
+            return i % 3
+        if isinstance(feature, tfds.features.Image):
+            shape = [side or 12 for side in feature.shape]
+            return np.random.default_rng([seed, i]).integers(0, 256, shape, np.uint8)
+        if isinstance(feature, tfds.features.BBoxFeature):
+            return tfds.features.BBox(0.0, 0.0, 1.0, 1.0)
+        return str(i)
+
+    def example(features, i, seed):
+        if "objects" in features:  # VOC: people, the third image with difficult cats, then nothing
+            there = ["person"] if i % 4 < 3 else []
+            return {
+                "image": value(features["image"], i, seed),
+                "image/filename": str(i),
+                "objects": [],
+                "labels": ["cat", *there] if i % 4 == 2 else there,
+                "labels_no_difficult": there,
+            }
+        return {name: value(feature, i, seed) for name, feature in features.items()}
+
+    def prepare(chosen, data_dir, counts):
+        try:
+            builder = tfds.builder(chosen.name, data_dir=data_dir)
+        except tfds.core.DatasetNotFoundError:
+            for seed, (split, count) in enumerate(counts.items()):
+                for i in range(count):
+                    path = data_dir / chosen.name / split / f"class{i % 3}" / f"{i}.png"
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    pixels = value(tfds.features.Image(shape=(12, 12, 3)), i, seed)
+                    path.write_bytes(tf.io.encode_png(pixels).numpy())
+            return
+        features = builder.info.features
+        tfds.dataset_builders.store_as_tfds_dataset(
+            name=builder.name,
+            version=str(builder.version),
+            config=builder.builder_config.name if builder.builder_config else None,
+            features=features,
+            split_datasets={
+                split: [example(features, i, seed) for i in range(count)]
+                for seed, (split, count) in enumerate(counts.items())
+            },
+            data_dir=data_dir,
+            disable_shuffling=True,
+        )
+
+    return prepare

@@ -1,4 +1,4 @@
-"""The evaluations that train; the defaults are the paper's (appendices C.1 and C.2)."""
+"""The evaluations that train; the defaults are the paper's (appendices C.1, C.2 and D)."""
 
 import math
 
@@ -6,23 +6,29 @@ from absl import flags
 
 
 class _PositiveNumbers(flags.ListParser):
-    """A comma list of finite numbers above 0, each read by a type."""
+    """A comma list of finite numbers above 0, or also 0, each read by a type."""
 
-    def __init__(self, number, largest=math.inf):
+    def __init__(self, number, largest=math.inf, zero=False):
         super().__init__()
         self.number = number
         self.largest = largest
+        self.zero = zero
 
     def parse(self, argument):
         numbers = [self.number(part) for part in super().parse(argument)]
-        if not numbers or not all(0 < n <= self.largest and math.isfinite(n) for n in numbers):
+        if not numbers or not all(self._allowed(n) for n in numbers):
+            least = "of at least 0" if self.zero else "above 0"
             most = "" if math.isinf(self.largest) else f", at most {self.largest}"
-            raise ValueError(f"must be a comma list of finite numbers above 0{most}")
+            raise ValueError(f"must be a comma list of finite numbers {least}{most}")
         return numbers
 
+    def _allowed(self, n):
+        return (n > 0 or self.zero and n == 0) and n <= self.largest and math.isfinite(n)
 
-def _define_numbers(name, default, help_text, number=float, largest=math.inf):
-    parser, serializer = _PositiveNumbers(number, largest), flags.CsvListSerializer(",")
+
+def _define_numbers(name, default, help_text, **limits):
+    parser = _PositiveNumbers(**{"number": float, **limits})
+    serializer = flags.CsvListSerializer(",")
     flags.DEFINE(parser, name, default, help_text, serializer=serializer)
 
 
@@ -125,3 +131,53 @@ flags.DEFINE_float(
 @flags.validator("depth_crop", message="must be two numbers: height,width")
 def _height_and_width(crop):
     return len(crop) == 2
+
+
+flags.DEFINE_list(
+    "transfer",
+    None,
+    "Data sets of --task=transfer, a comma list of TFDS names or of folders below "
+    "--transfer_data_dir that hold a folder train/. Default: the paper's twelve. Without --task it "
+    "is --task=transfer.",
+)
+flags.DEFINE_list(
+    "transfer_mode",
+    ["linear"],
+    "Of --task=transfer: a comma list of linear (logistic regression on frozen features) and "
+    "finetune (encoder and classifier).",
+)
+flags.DEFINE_string(
+    "transfer_data_dir",
+    None,
+    "Of --task=transfer: folder of TFDS's prepared data sets and of folders of images. Default: "
+    "--data_dir, if --dataset is from TFDS too.",
+)
+flags.DEFINE_integer(
+    "transfer_steps",
+    20_000,
+    "Of --transfer_mode=finetune: steps of each training (paper: 20000).",
+    lower_bound=1,
+)
+flags.DEFINE_integer(
+    "transfer_batch_size",
+    256,
+    "Of --transfer_mode=finetune: images a step (paper: 256).",
+    lower_bound=1,
+)
+_define_numbers(
+    "transfer_learning_rates",
+    [float(f"{10 ** (i / 2 - 4):.4g}") for i in range(7)],
+    "Of --transfer_mode=finetune: learning rates to choose from (paper: 7 from 0.0001 to 0.1).",
+)
+_define_numbers(
+    "transfer_weight_decays",
+    [0.0] + [float(f"{10 ** (i / 2 - 6):.4g}") for i in range(7)],
+    "Of --transfer_mode=finetune: weight decays to choose from, each divided by the learning rate "
+    "(paper: 0, and 7 from 1e-6 to 1e-3).",
+    zero=True,
+)
+
+
+@flags.validator("transfer_mode", message="choose from linear, finetune")
+def _known_modes(modes):
+    return bool(modes) and set(modes) <= {"linear", "finetune"}

@@ -4,7 +4,7 @@ from absl import flags
 
 TASKS = (
     *("import_deepmind", "pretrain", "knn", "linear_probe", "linear_eval", "finetune"),
-    *("segmentation", "depth", "export", "embed", "report", "search", "duplicates"),
+    *("segmentation", "depth", "export", "embed", "report", "search", "duplicates", "transfer"),
 )
 
 flags.DEFINE_list(

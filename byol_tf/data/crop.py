@@ -65,14 +65,14 @@ def cut(image, box, corner=0):
     return tf.slice(image, start, tf.pad(box[2:], [[0, 1]], constant_values=-1))  # -1: all
 
 
-def centre_crop_box(height, width):
-    """The centred square of 224/256 of the shorter side (appendix C.1).
+def centre_crop_box(height, width, fraction=CENTRE_FRACTION):
+    """The centred square of 224/256, or another fraction, of the shorter side (appendix C.1).
 
     Args: height, width: int32 scalars, in pixels. Returns: int32 [4], as
     `random_crop_boxes`.
     """
     shorter = tf.minimum(height, width)
-    side = tf.cast(tf.round(tf.cast(shorter, tf.float32) * CENTRE_FRACTION), tf.int32)
+    side = tf.cast(tf.round(tf.cast(shorter, tf.float32) * fraction), tf.int32)
     side = tf.maximum(side, 1)
     return tf.stack([(height - side) // 2, (width - side) // 2, side, side])
 
@@ -83,10 +83,10 @@ def resize(images, size):
     return tf.cast(tf.round(tf.clip_by_value(images, 0.0, 255.0)), tf.uint8)
 
 
-def centre_crop_and_resize(images, size):
+def centre_crop_and_resize(images, size, fraction=CENTRE_FRACTION):
     """The evaluation's view: uint8 [..., H, W, C] of any size -> uint8 [..., size, size, C]."""
     shape = tf.shape(images)
-    box = centre_crop_box(shape[-3], shape[-2])
+    box = centre_crop_box(shape[-3], shape[-2], fraction)
     top, left, height, width = tf.unstack(box)
     return resize(images[..., top : top + height, left : left + width, :], size)
 

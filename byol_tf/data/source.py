@@ -22,7 +22,8 @@ class Source:
     Attributes:
       dataset: a `tf.data.Dataset` of records, dicts of scalars: "index", int64, the position
         in the source; "image", string, the encoded image, or uint8 [H, W, channels]; "label",
-        int64, -1 where there is none; "name", string.
+        int64, -1 where there is none, or with several labels an image, [K]: 1 for a class that is
+        there, 0 for one that is not, -1 where that is not to be judged; "name", string.
       num_examples: int.
       class_names: tuple of strings, or None where there are no labels.
       image_shape: (height, width, channels) where all decoded images are of this size, or None.
@@ -52,7 +53,7 @@ class Source:
         }
 
 
-def load_source(dataset, split, data_dir=None, channels=3):
+def load_source(dataset, split, data_dir=None, channels=3, *, multi_label=False):
     """Opens a data set; one from TFDS is downloaded and prepared if it has not been yet.
 
     Args:
@@ -64,6 +65,8 @@ def load_source(dataset, split, data_dir=None, channels=3):
       channels: of the images. Those in files have 1 to 4, as `decode.decode` tells, whatever the
         files have. More have the examples of TFDS whose "image" is a uint8 `Tensor` of
         [H, W, channels].
+      multi_label: of TFDS: the classes are those of "labels", several an image, as of "voc/2007";
+        of those only in "labels", not in "labels_no_difficult", nothing is judged.
 
     Returns: a `Source`.
 
@@ -76,7 +79,7 @@ def load_source(dataset, split, data_dir=None, channels=3):
 
         _check_files_have(channels)
         return image_folder.load(split, data_dir, channels)
-    return _read(open_builder(dataset, data_dir), dataset, split, channels)
+    return _read(open_builder(dataset, data_dir), dataset, split, channels, multi_label)
 
 
 def open_builder(dataset, data_dir, flag="dataset"):
@@ -165,7 +168,7 @@ def _check_network(builder):
         requests.head(urls[0], timeout=_NETWORK_TIMEOUT)
 
 
-def _read(builder, dataset, split, channels):
+def _read(builder, dataset, split, channels, multi_label):
     """The `Source` of a split of a prepared TFDS data set."""
     import tensorflow_datasets as tfds
 
@@ -178,10 +181,9 @@ def _read(builder, dataset, split, channels):
             f"--dataset={dataset}: no split {split!r}; there are "
             f"{', '.join(builder.info.splits)}, and parts of them as in 'train[:10%]'."
         ) from error
-    label = _feature(features, "label")
-    has_label = isinstance(label, tfds.features.ClassLabel)
+    class_names, label_features, read_label = _labels(features, multi_label)
     names = [name for name in ("file_name", "id") if name in features][:1]
-    wanted = ["image", *(["label"] if has_label else []), *names]
+    wanted = ["image", *label_features, *names]
     encoded = isinstance(features["image"], tfds.features.Image)
     decoders = tfds.decode.PartialDecoding(
         {name: True for name in wanted},
@@ -196,7 +198,7 @@ def _read(builder, dataset, split, channels):
         return {
             "index": index,
             "image": example["image"],
-            "label": example["label"] if has_label else tf.constant(-1, tf.int64),
+            "label": read_label(example),
             "name": tf.strings.as_string(example[names[0]])
             if names
             else tf.strings.join([split, "/", tf.strings.as_string(index)]),
@@ -208,13 +210,34 @@ def _read(builder, dataset, split, channels):
     return Source(
         dataset=images,
         num_examples=num_examples,
-        class_names=tuple(label.names) if has_label else None,
+        class_names=class_names,
         image_shape=shape,
         find_fault=lambda: _find_fault(
             builder, dataset, split, images, shape or (None, None, channels)
         ),
         channels=channels,
     )
+
+
+def _labels(features, multi_label):
+    """Class names or None, the features that tell the label, and the function that reads it."""
+    import tensorflow_datasets as tfds
+
+    label = _feature(features, "label")
+    if multi_label:
+        names = tuple(features["labels"].feature.names)
+
+        def several(example):
+            there, judged = (
+                tf.reduce_any(tf.one_hot(example[name], len(names), True, False), 0)
+                for name in ("labels", "labels_no_difficult")
+            )
+            return tf.where(judged, 1, tf.where(there, -1, tf.constant(0, tf.int64)))
+
+        return names, ["labels", "labels_no_difficult"], several
+    if isinstance(label, tfds.features.ClassLabel):
+        return tuple(label.names), ["label"], lambda example: example["label"]
+    return None, [], lambda example: tf.constant(-1, tf.int64)
 
 
 def _check_images(features, dataset, channels):

@@ -75,6 +75,21 @@ def hold_out(labels, seed):
     return training, np.setdiff1d(labelled, training)
 
 
+def joined(first, second):
+    """The `Source` of the images of two parts of one data set, one part after the other."""
+
+    @tf.autograph.experimental.do_not_convert
+    def after_the_first(record):
+        return {**record, "index": record["index"] + first.num_examples}
+
+    return dataclasses.replace(
+        first,
+        dataset=first.dataset.concatenate(second.dataset.map(after_the_first)),
+        num_examples=first.num_examples + second.num_examples,
+        find_fault=lambda: first.find_fault() or second.find_fault(),
+    )
+
+
 def subset(source, places):
     """The `Source` of the images at these places, in their order in the whole source.
 

@@ -166,13 +166,14 @@ def augment_batch(batch, augmentation="paper"):
     return {**views, **({"label": batch["label"]} if "label" in batch else {})}
 
 
-def eval_batches(source, *, image_size, batch_size=256):
+def eval_batches(source, *, image_size, batch_size=256, fraction=crop.CENTRE_FRACTION):
     """Every image once, in order, centre-cropped (paper, appendix C.1).
 
     Args:
       source: a `byol_tf.data.source.Source`.
       image_size: side of the result, in pixels.
       batch_size: in images.
+      fraction: side of the crop over the shorter side of the image.
 
     Returns:
       A dataset of dicts: "image", uint8 [B, image_size, image_size, source.channels], "label" and
@@ -182,7 +183,7 @@ def eval_batches(source, *, image_size, batch_size=256):
     def centre(record):
         example = source.example(record)
         image = decode.decode(example["image"], source.channels)
-        image = crop.centre_crop_and_resize(image, image_size)
+        image = crop.centre_crop_and_resize(image, image_size, fraction)
         image = tf.ensure_shape(image, [image_size, image_size, source.channels])
         return {**example, "image": image}
 

@@ -10,7 +10,17 @@ from byol_tf import checkpoints, distribution, workdir
 from byol_tf.data import views
 from byol_tf.errors import UserError, reason
 from byol_tf.keras_api import keras
-from byol_tf.tasks import dense, embed, evaluate, export, pretrain, report, run, search
+from byol_tf.tasks import (
+    dense,
+    embed,
+    evaluate,
+    export,
+    pretrain,
+    report,
+    run,
+    search,
+    transfer,
+)
 
 FLAGS = flags.FLAGS
 TASKS = {
@@ -27,14 +37,16 @@ TASKS = {
     "report": report.write_report,
     "search": search.search,
     "duplicates": search.duplicates,
+    "transfer": transfer.transfer,  # the last: what it leaves out ends the command
 }
 _JUDGED = ("knn", "linear_probe", "linear_eval", "finetune")  # on --eval_split
 _TRAINING = ("import_deepmind", "pretrain")  # the others take an encoder that is there
 
 
 def run_all():
-    """Runs the tasks of --task, in order."""
-    tasks = [task for task in TASKS if task in FLAGS.task]
+    """Runs the tasks of --task, in order; --transfer without --task is --task=transfer."""
+    only_transfer = FLAGS.transfer and FLAGS["task"].using_default_value
+    tasks = ["transfer"] if only_transfer else [task for task in TASKS if task in FLAGS.task]
     strategy = run.strategy()  # the first thing, as several machines need it
     chief = distribution.is_chief(strategy)
     if distribution.num_workers(strategy) > 1 and "import_deepmind" in tasks:

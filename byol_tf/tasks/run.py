@@ -17,7 +17,7 @@ FLAGS = flags.FLAGS
 # What results.json says of the encoder, and no longer holds when it is trained further.
 ACCURACIES = (
     *("knn_top1", "knn200_top1", "probe_top1", "linear_top1", "linear_top5", "linear_eval"),
-    *("finetune", "segmentation", "depth", "evaluated_step"),
+    *("finetune", "segmentation", "depth", "transfer", "evaluated_step"),
 )
 
 

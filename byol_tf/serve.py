@@ -52,6 +52,7 @@ class Encoder:
             self._model = tf.saved_model.load(str(directory))
             self._bytes = self._model.signatures["serving_bytes"]
             self._images = self._model.signatures["serving_default"]
+            self._channels = self._images.structured_input_signature[1]["images"].shape[-1]
         except (OSError, KeyError, AttributeError, tf.errors.OpError) as error:
             raise UserError(
                 f"--model={directory}: no exported encoder there ({one_line(error)}): give the "
@@ -79,7 +80,12 @@ class Encoder:
             return self._bytes(image_bytes=given)["embedding"].numpy()
 
     def embed_images(self, images):
-        """Embeds images, uint8 [N, H, W, 3]: float32 [N, D]."""
+        """Embeds images, a list [N][H][W][C] of integers: float32 [N, D].
+
+        Raises:
+          ValueError: if they are not of one size, of these channels or from 0 to 255.
+        """
+        images = _pixels(images, self._channels)
         return self._images(images=tf.constant(images))["embedding"].numpy()
 
 
@@ -110,7 +116,7 @@ def predict(encoder, body):
     if signature == "serving_bytes":
         embedding = encoder.embed_bytes([_from_base64(value) for value in values])
     else:
-        embedding = encoder.embed_images(_images(values))
+        embedding = encoder.embed_images(values)
     return {"predictions" if rows else "outputs": embedding.tolist()}
 
 
@@ -129,10 +135,11 @@ def _from_base64(value):
     return base64.b64decode(value["b64"], validate=True)
 
 
-def _images(values):
+def _pixels(values, channels):
     images = np.array(values)  # a ValueError where they are not of one size
-    if images.ndim != 4 or images.shape[-1] != 3 or not images.size or images.dtype.kind != "i":
-        raise ValueError("images must be integers [height][width][3], all of one size")
+    fits = images.ndim == 4 and images.shape[-1] == channels and images.size
+    if not fits or images.dtype.kind != "i":
+        raise ValueError(f"images must be integers [height][width][{channels}], all of one size")
     if images.min() < 0 or images.max() > 255:
         raise ValueError("images must be of 0 to 255")
     return images.astype(np.uint8)

@@ -13,7 +13,10 @@ from byol_tf.errors import UserError
 
 FLAGS = flags.FLAGS
 # Of these the networks' shapes depend, so no task can use a checkpoint of others.
-_SHAPE_FLAGS = {flag.name for flag in FLAGS.get_flags_for_module(config.model.__name__)}
+_SHAPE_FLAGS = {
+    "channels",
+    *(flag.name for flag in FLAGS.get_flags_for_module(config.model.__name__)),
+}
 # These may change while a run goes on: what is learned stays the same.
 _FREE_FLAGS = {
     *("task", "workdir", "log_every", "checkpoint_every", "max_steps", "data_dir"),
@@ -22,6 +25,7 @@ _FREE_FLAGS = {
     *("eval_split", "embed_split", "embeddings_file", "baselines"),
     *("query", "neighbours", "duplicate_similarity"),
     *("strategy", "logical_cpus", "augment_on", "deterministic", "intra_op_threads"),
+    *(flag.name for flag in FLAGS.get_flags_for_module(config.evaluation.__name__)),
 }
 
 

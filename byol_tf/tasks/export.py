@@ -14,5 +14,5 @@ def export():
     path = run.folder() / "saved_model" / "1"
     encoder = run.trained_encoder()
     with checkpoints.writing(path):
-        export_encoder(encoder, path, image_size=FLAGS.image_size)
+        export_encoder(encoder, path, image_size=FLAGS.image_size, channels=FLAGS.channels)
     print(f"encoder exported to {path}")

@@ -25,6 +25,8 @@ def check_queries():
     """Raises a `UserError` if --query is missing or not an image file that can be read."""
     if not FLAGS.query:
         raise UserError("--task=search needs --query=IMAGE.")
+    if FLAGS.channels > decode.MAX_CHANNELS:
+        raise UserError(f"--task=search: no image file has --channels={FLAGS.channels}.")
     for path in FLAGS.query:
         fault = image_folder.fault_of(pathlib.Path(path).expanduser())
         if fault:
@@ -105,7 +107,8 @@ def _queries():
         "label": tf.fill([len(files)], tf.constant(-1, tf.int64)),
         "name": tf.constant([path.encode() for path in FLAGS.query]),
     }
-    return Source(tf.data.Dataset.from_tensor_slices(slices), len(files), None, None)
+    records = tf.data.Dataset.from_tensor_slices(slices)
+    return Source(records, len(files), None, None, channels=FLAGS.channels)
 
 
 def _thumbnails(source, rows=None):
@@ -114,7 +117,7 @@ def _thumbnails(source, rows=None):
     records = source.dataset.filter(lambda record: tf.reduce_any(record["index"] == rows))
     examples = records.take(len(rows)).map(source.example)
     return {
-        int(example["index"]): thumbnail(decode.decode(example["image"]).numpy())
+        int(example["index"]): thumbnail(decode.decode(example["image"], source.channels).numpy())
         for example in examples
     }
 

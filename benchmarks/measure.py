@@ -262,9 +262,9 @@ def report(name, title, unit, parts, peer_python=None):
     publish(PAGE, name, record, table(record))
 
 
-def origin(name, peer_python=None, packages=("tensorflow", "numpy")):
+def origin(name, peer_python=None, packages=()):
     """Where the figures of a benchmark come from: a dict of the command, processor and versions."""
-    versions = versions_of(*packages)
+    versions = versions_of("tensorflow", "numpy", *packages)
     if peer_python:
         versions |= versions_of("torch", "torchvision", "lightly", python=peer_python)
     return {
@@ -288,7 +288,7 @@ def publish(page, name, record, table):
         folder = page.with_suffix("")
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
-        insert(page, name, table)
+        _insert(page, name, table)
 
 
 def table(record):
@@ -319,8 +319,8 @@ def footer(record):
     return f"`{record['command']}` on {record['cpu']}; {stack}."
 
 
-def insert(page, name, table):
-    """Replaces what stands between the two marks of this name in a page, a path."""
+def _insert(page, name, table):
+    """Replaces what stands between this benchmark's two marks in the page."""
     begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
     before, _, rest = page.read_text().partition(begin)
     _, _, after = rest.partition(end)

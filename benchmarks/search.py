@@ -63,13 +63,17 @@ def main():
         in_process("prepare", folder)
         subjects = ["exact", "lists", *(["graph"] if FLAGS.graph else []), "tasks"]
         found = {subject: in_process(subject, folder) for subject in subjects}
-    tables = {"duplicates": tasks_table(found.pop("tasks")), "search": index_table(found)}
-    record = measure.origin("search", packages=("faiss-cpu", "numpy"))
-    for name, table in tables.items():
-        table = "\n".join([*table, "", measure.footer(record)])
-        print(table)
-        if FLAGS.write:
-            measure.insert(PAGE, name, table)
+    origin = measure.origin("search", packages=["faiss-cpu"])
+    for name, rows, table in (
+        ("duplicates", found.pop("tasks"), tasks_table),
+        (
+            "search",
+            {name: row for rows in found.values() for name, row in rows.items()},
+            index_table,
+        ),
+    ):
+        record = {**origin, "count": FLAGS.count, "dimensions": FLAGS.dimensions, "results": rows}
+        measure.publish(PAGE, name, record, table(record))
 
 
 def prepare(folder):
@@ -189,25 +193,28 @@ def _seconds(ask, queries):
     return time.perf_counter() - begin
 
 
-def index_table(found):
+def index_table(record):
     lines = [
-        f"| {FLAGS.count:,} embeddings of {FLAGS.dimensions} | built in, s | memory beside the "
+        f"| {record['count']:,} embeddings of {record['dimensions']} | built in, s | memory beside the "
         f"vectors, MB | one query, ms | queries/s, 1,000 at a time | recall@{K} |",
         "|---|---|---|---|---|---|",
     ]
-    for name, row in (item for rows in found.values() for item in rows.items()):
+    for name, row in record["results"].items():
         lines.append(
             f"| {name} | {row['built']:.0f} | {row['memory']:.0f} | {1000 * row['single']:.1f} | "
             f"{row['together']:.0f} | {row['recall']:.3f} |"
         )
-    return lines
+    return "\n".join([*lines, "", measure.footer(record)])
 
 
-def tasks_table(found):
-    lines = [f"| {FLAGS.count:,} embeddings of {FLAGS.dimensions} | seconds |", "|---|---|"]
+def tasks_table(record):
+    found = record["results"]
+    head = f"| {record['count']:,} embeddings of {record['dimensions']} | seconds |"
+    lines = [head, "|---|---|"]
     lines += [f"| {what} | {seconds:.1f} |" for what, seconds in found["seconds"].items()]
     share = f"{100 * found['found']:.2f} % of the planted copies found, in {found['groups']} groups"
-    return [*lines, "", f"{share}; {found['mb']:.0f} MB of memory at most, the vectors included."]
+    share += f"; {found['mb']:.0f} MB of memory at most, the vectors included."
+    return "\n".join([*lines, "", share, "", measure.footer(record)])
 
 
 if __name__ == "__main__":

@@ -37,24 +37,30 @@ def main():
     if not photos:
         raise SystemExit(f"error: --photos={FLAGS.photos}: no class folders with photographs.")
     files = [photos[i % len(photos)] for i in range(FLAGS.requests)]
-    lines = [
-        f"| {FLAGS.requests} photographs | one client: median, ms | 99 of 100 within, ms "
-        f"| images/s | {CLIENTS} clients: median, ms | 99 of 100 within, ms | images/s |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    results = {}
     for title, how in ENCODERS.items():
         with tempfile.TemporaryDirectory() as folder:
             export(how, folder)
-            rows = {"bare model, in process": of_model(folder, files), **of_server(folder, files)}
-        for who, figures in rows.items():
-            cells = " | ".join(f"{figure:.4g}" for figure in figures)
-            lines.append(f"| {title}: {who} | {cells} |")
-            print(lines[-1], flush=True)
-    record = measure.origin("serving", packages=("tensorflow", "aiohttp", "numpy"))
-    table = "\n".join([*lines, "", measure.footer(record)])
-    print(table)
-    if FLAGS.write:
-        measure.insert(PAGE, "serving", table)
+            results[f"{title}: bare model, in process"] = of_model(folder, files)
+            for path, figures in of_server(folder, files).items():
+                results[f"{title}: server, `{path}`"] = figures
+    record = {
+        **measure.origin("serving", packages=["aiohttp"]),
+        "requests": FLAGS.requests,
+        "results": results,
+    }
+    measure.publish(PAGE, "serving", record, table(record))
+
+
+def table(record):
+    lines = [
+        f"| {record['requests']} photographs | one client: median, ms | 99 of 100 within, ms "
+        f"| images/s | {CLIENTS} clients: median, ms | 99 of 100 within, ms | images/s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for who, figures in record["results"].items():
+        lines.append(f"| {who} | {' | '.join(f'{figure:.4g}' for figure in figures)} |")
+    return "\n".join([*lines, "", measure.footer(record)])
 
 
 def export(how, folder):
@@ -102,8 +108,8 @@ def of_server(folder, files):
         server.stdout.readline()  # it is ready
         predict = "/v1/models/encoder:predict"
         return {
-            "server, `/embed`": latencies(lambda: client("/embed", lambda file: file), files),
-            "server, `:predict`": latencies(lambda: client(predict, as_base64), files),
+            "/embed": latencies(lambda: client("/embed", lambda file: file), files),
+            ":predict": latencies(lambda: client(predict, as_base64), files),
         }
     finally:
         server.terminate()

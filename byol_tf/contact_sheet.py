@@ -11,10 +11,13 @@ _FRAME, _INK, _PAPER = (214, 60, 40), (40, 40, 40), (255, 255, 255)
 
 
 def thumbnail(image):
-    """An image, uint8 [H, W, 3], as a `PIL.Image.Image` that fits its place on the sheet."""
+    """An image, uint8 [H, W, C], as a `PIL.Image.Image` that fits its place on the sheet.
+
+    Of its channels the first three are shown, or the first where there are only two.
+    """
     from PIL import Image
 
-    small = Image.fromarray(image)
+    small = Image.fromarray(image[..., :3] if image.shape[-1] >= 3 else image[..., 0])
     small.thumbnail((_CELL, _CELL))
     return small
 

@@ -36,7 +36,6 @@ class Encoder:
       batch_wait_ms: how long an image waits for others.
 
     Attributes:
-      channels: of the images, int.
       version: string, the number of the version; "1" where there is none.
 
     Raises:
@@ -53,12 +52,12 @@ class Encoder:
             self._model = tf.saved_model.load(str(directory))
             self._bytes = self._model.signatures["serving_bytes"]
             self._images = self._model.signatures["serving_default"]
+            self._channels = self._images.structured_input_signature[1]["images"].shape[-1]
         except (OSError, KeyError, AttributeError, tf.errors.OpError) as error:
             raise UserError(
                 f"--model={directory}: no exported encoder there ({one_line(error)}): give the "
                 "saved_model of --task=export."
             ) from error
-        self.channels = self._images.structured_input_signature[1]["images"].shape[-1]
         together = tf.nondifferentiable_batch_function(
             num_batch_threads=os.cpu_count(),  # batches at a time: TensorFlow Serving's default
             max_batch_size=max_batch_size,
@@ -81,7 +80,12 @@ class Encoder:
             return self._bytes(image_bytes=given)["embedding"].numpy()
 
     def embed_images(self, images):
-        """Embeds images, uint8 [N, H, W, channels]: float32 [N, D]."""
+        """Embeds images, a list [N][H][W][C] of integers: float32 [N, D].
+
+        Raises:
+          ValueError: if they are not of one size, of these channels or from 0 to 255.
+        """
+        images = _pixels(images, self._channels)
         return self._images(images=tf.constant(images))["embedding"].numpy()
 
 
@@ -112,7 +116,7 @@ def predict(encoder, body):
     if signature == "serving_bytes":
         embedding = encoder.embed_bytes([_from_base64(value) for value in values])
     else:
-        embedding = encoder.embed_images(_images(values, encoder.channels))
+        embedding = encoder.embed_images(values)
     return {"predictions" if rows else "outputs": embedding.tolist()}
 
 
@@ -131,10 +135,10 @@ def _from_base64(value):
     return base64.b64decode(value["b64"], validate=True)
 
 
-def _images(values, channels):
+def _pixels(values, channels):
     images = np.array(values)  # a ValueError where they are not of one size
-    shape_fits = images.ndim == 4 and images.shape[-1] == channels and images.size
-    if not shape_fits or images.dtype.kind != "i":
+    fits = images.ndim == 4 and images.shape[-1] == channels and images.size
+    if not fits or images.dtype.kind != "i":
         raise ValueError(f"images must be integers [height][width][{channels}], all of one size")
     if images.min() < 0 or images.max() > 255:
         raise ValueError("images must be of 0 to 255")

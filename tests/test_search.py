@@ -100,6 +100,14 @@ def test_embeddings_are_read_as_written(tmp_path, name):
         vectors /= 2  # they can be written to
 
 
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 7])
+def test_thumbnails_of_any_channels(channels):
+    image = np.arange(channels, dtype=np.uint8) + np.zeros((400, 300, 1), np.uint8)
+    small = contact_sheet.thumbnail(image)
+    assert small.size == (120, 160)
+    assert small.convert("RGB").getpixel((5, 5)) == ((0, 1, 2) if channels > 2 else (0, 0, 0))
+
+
 def test_contact_sheet():
     images = [np.full((40, 90, 3), value, np.uint8) for value in (0, 255)]
     cells = [(contact_sheet.thumbnail(images[0]), ["0.5", "a/very/" * 20 + "long name"], True)]

@@ -60,6 +60,7 @@ def _origin(encoder):
         "data_dir": folder,
         "split": FLAGS.embed_split,
         "image_size": FLAGS.image_size,
+        "channels": FLAGS.channels,
     }
 
 

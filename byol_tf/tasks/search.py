@@ -26,6 +26,8 @@ def check_queries():
     """Raises a `UserError` if --query is missing or not an image file that can be read."""
     if not FLAGS.query:
         raise UserError("--task=search needs --query=IMAGE.")
+    if FLAGS.channels > decode.MAX_CHANNELS:
+        raise UserError(f"--task=search: no image file has --channels={FLAGS.channels}.")
     for path in FLAGS.query:
         fault = image_folder.fault_of(pathlib.Path(path).expanduser())
         if fault:
@@ -106,9 +108,8 @@ def _queries():
         "label": tf.fill([len(files)], tf.constant(-1, tf.int64)),
         "name": tf.constant([path.encode() for path in FLAGS.query]),
     }
-    return Source(
-        tf.data.Dataset.from_tensor_slices(slices), len(files), None, None, channels=FLAGS.channels
-    )
+    records = tf.data.Dataset.from_tensor_slices(slices)
+    return Source(records, len(files), None, None, channels=FLAGS.channels)
 
 
 def _thumbnails(source, rows=None):

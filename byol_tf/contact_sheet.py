@@ -2,6 +2,10 @@
 
 import io
 
+import numpy as np
+
+from byol_tf.report import as_rgb
+
 _CELL = 160  # side of an image's place, in pixels
 _COLUMNS = 6
 _ROWS = 200  # at most: a JPEG file has no more than 65,535 rows of pixels
@@ -11,13 +15,10 @@ _FRAME, _INK, _PAPER = (214, 60, 40), (40, 40, 40), (255, 255, 255)
 
 
 def thumbnail(image):
-    """An image, uint8 [H, W, C], as a `PIL.Image.Image` that fits its place on the sheet.
-
-    Of its channels the first three are shown, or the first where there are only two.
-    """
+    """An image, uint8 [H, W, C], as a `PIL.Image.Image` that fits its place on the sheet."""
     from PIL import Image
 
-    small = Image.fromarray(image[..., :3] if image.shape[-1] >= 3 else image[..., 0])
+    small = Image.fromarray(np.ascontiguousarray(as_rgb(image)))
     small.thumbnail((_CELL, _CELL))
     return small
 

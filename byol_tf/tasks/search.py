@@ -15,7 +15,6 @@ from byol_tf.contact_sheet import contact_sheet, thumbnail
 from byol_tf.data import decode, image_folder
 from byol_tf.data.source import Source
 from byol_tf.errors import UserError
-from byol_tf.report import as_rgb
 from byol_tf.tasks import embed, run
 
 FLAGS = flags.FLAGS
@@ -118,9 +117,7 @@ def _thumbnails(source, rows=None):
     records = source.dataset.filter(lambda record: tf.reduce_any(record["index"] == rows))
     examples = records.take(len(rows)).map(source.example)
     return {
-        int(example["index"]): thumbnail(
-            as_rgb(decode.decode(example["image"], source.channels).numpy())
-        )
+        int(example["index"]): thumbnail(decode.decode(example["image"], source.channels).numpy())
         for example in examples
     }
 

@@ -226,7 +226,7 @@ def test_killed_again_and_again_is_uninterrupted(server, uninterrupted, way):
     for aim in aims:
         run = Run(server, workdir, *flags)
         if aim == "start":
-            end = time.monotonic() + rng.uniform(0, start_seconds)
+            end = time.monotonic() + rng.uniform(0, 0.8 * start_seconds)
             run.await_that(lambda: time.monotonic() > end or run.steps())
         elif aim == "step":
             steps = rng.randint(1, EPOCH + 1)

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import sys
 
 import tensorflow as tf
 from absl import flags, logging
@@ -91,7 +90,7 @@ def pretrain():
                 epochs=FLAGS.epochs,
                 max_steps=FLAGS.max_steps,
                 callbacks=callbacks,
-                verbose=_verbosity(),
+                verbose=run.verbosity(),
             )
         except training.TrainingDiverged as error:
             raise UserError(str(error)) from error
@@ -114,8 +113,7 @@ def _training_results(model, watch):
     if watch.images_per_second:
         results["images_per_second"] = watch.images_per_second
         # The accuracies of before are of other weights.
-        stale = ("knn_top1", "knn200_top1", "linear_top1", "evaluated_step")
-        results.update(dict.fromkeys(stale))
+        results.update(dict.fromkeys(run.ACCURACIES))
     return results
 
 
@@ -131,13 +129,14 @@ def _knn_measure(train_source):
         return lambda checkpoint: 0.0  # only awaits the chief
     with run.policy("float32"):
         encoder = run.encoder()
+    extractors = [
+        evaluation.feature_extractor(encoder, run.source(split), image_size=FLAGS.image_size)
+        for split in (FLAGS.train_split, FLAGS.eval_split)
+    ]
 
     def measure(checkpoint):
         run.load_encoder(encoder, checkpoint)
-        train, test = (
-            evaluation.extract_features(encoder, run.source(split), image_size=FLAGS.image_size)
-            for split in (FLAGS.train_split, FLAGS.eval_split)
-        )
+        train, test = (extract() for extract in extractors)
         if min(train.labels.min(), test.labels.min()) < 0:
             logging.warning("--knn_every: skipped: there are images without labels")
             return None
@@ -192,13 +191,6 @@ def _batches_from(source, step, steps):
         return batches.take(steps)
 
     return distribution.distribute(run.strategy(), of_worker)
-
-
-def _verbosity():
-    """A bar where someone watches, else a line an epoch; nothing from those who do not write."""
-    if not distribution.is_chief(run.strategy()):
-        return 0
-    return 1 if sys.stdout.isatty() else 2
 
 
 def _check_classes(shapes, num_classes):

@@ -90,7 +90,7 @@ def prepare_set():
 
     def value(feature, i, seed):
         if isinstance(feature, tfds.features.ClassLabel):
-            return i % 3
+            return i % min(3, feature.num_classes)
         if isinstance(feature, tfds.features.Image):
             shape = [side or 12 for side in feature.shape]
             return np.random.default_rng([seed, i]).integers(0, 256, shape, np.uint8)
@@ -128,7 +128,7 @@ def prepare_set():
             config=builder.builder_config.name if builder.builder_config else None,
             features=features,
             split_datasets={
-                split: [example(features, i, seed) for i in range(count)]
+                split: [(i, example(features, i, seed)) for i in range(count)]
                 for seed, (split, count) in enumerate(counts.items())
             },
             data_dir=data_dir,

@@ -242,6 +242,48 @@ def test_fine_tuning_on_a_named_subset(main, tmp_path):
     assert "none is left to choose" in line
 
 
+def test_transfer(main, finished, prepare_set, tmp_path):
+    """What is there is measured and in the table; what is not is named at the end."""
+    from byol_tf import transfer
+
+    workdir, data_dir = tmp_path / "run", tmp_path / "sets"
+    shutil.copytree(finished[0], workdir)
+    for name in ("dtd", "voc/2007", "mine"):
+        prepare_set(transfer.find_set(name), data_dir, {"train": 24, "validation": 9, "test": 6})
+    names = f"--transfer=dtd,birdsnap,voc,mine,cifar01 --transfer_data_dir={data_dir}".split()
+    code, stdout, stderr = main(f"--workdir={workdir}", *names)
+    assert code == 1 and "Traceback" not in stderr
+    error = error_of((code, stdout, stderr))
+    assert "--transfer: left out birdsnap, cifar01: the warnings above say why" in error
+    assert "birdsnap is not in TFDS" in stderr and "cifar01: no such data set" in stderr
+    found = results(workdir)
+    assert found["knn_top1"] == results(finished[0])["knn_top1"]  # kept, and no other task ran
+    assert list(found["transfer"]) == ["dtd", "voc/2007", "mine"]
+    dtd = found["transfer"]["dtd"]["linear"]
+    assert [dtd[key] for key in ("images", "validation_images", "test_images")] == [24, 9, 6]
+    assert dtd["step"] == 4 and len(dtd["validation"]) == 45 and 0 <= dtd["value"] <= 1
+    assert found["transfer"]["mine"]["linear"]["validation_images"] == 2
+    settings = [
+        "--transfer_steps=3",
+        "--transfer_batch_size=8",
+        "--transfer_learning_rates=0.1,0.01",
+    ]
+    tuned = [*settings, "--transfer_mode=finetune", "--transfer_weight_decays=0,1e-4"]
+    names[0] = "--transfer=voc"
+    stdout, _ = succeed(main(f"--workdir={workdir}", "--task=transfer", *names, *tuned))
+    found["transfer"]["voc/2007"]["finetune"] = tuned = results(workdir)["transfer"]["voc/2007"][
+        "finetune"
+    ]
+    assert results(workdir)["transfer"] == found["transfer"]  # nothing else is lost
+    assert {len(decays) for decays in tuned["validation"].values()} == {2}
+    table = (workdir / "transfer.md").read_text()
+    assert table in stdout and len(table.splitlines()) == 6
+    assert f"| dtd | top-1 | linear | L2 {dtd['l2']:.2g} | {100 * dtd['value']:.2f} |" in table
+    assert "| voc/2007 | 11-point mAP | finetune | rate 0.1, decay 0" in table or (
+        "| voc/2007 | 11-point mAP | finetune | rate 0.01, decay" in table
+    )
+
+
 def test_without_labels(main, flat, tmp_path):
     flags = [*TINY, f"--data_dir={flat}", f"--workdir={tmp_path}", "--max_steps=1"]
     tasks = "--task=pretrain,knn,linear_probe,linear_eval,finetune,export"
@@ -313,6 +355,8 @@ def error_of(result):
         ("--linear_learning_rates=0.1,nan", ["linear_learning_rates", "finite numbers above 0"]),
         ("--finetune_epochs=1.5", ["finetune_epochs", "1.5"]),
         ("--finetune_percents=10,101", ["finetune_percents", "at most 100"]),
+        ("--transfer_weight_decays=0,-1", ["transfer_weight_decays", "of at least 0"]),
+        ("--transfer_mode=both", ["transfer_mode", "linear, finetune"]),
         ("--embeddings_file=a.csv", ["embeddings_file", ".npz or .parquet"]),
         ("--flagfile=/no/such/file", ["/no/such/file"]),
     ],

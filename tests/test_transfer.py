@@ -89,7 +89,7 @@ def test_the_regularisations_are_the_papers():
 def test_logistic_path_is_scikit_learns(size):
     train, other = blobs(60, 1, size=size), blobs(200, 2, size=size)
     strengths = []
-    for l2, kernel, bias in transfer.logistic_path(train, 4, [0.01, 100.0, 1.0]):
+    for l2, kernel, bias in transfer.logistic_path(train, 4, [0.1, 100.0, 1.0]):
         strengths.append(l2)
         model = LogisticRegression(C=1 / (2 * l2), tol=1e-9, max_iter=10_000)
         model.fit(train.vectors.astype(np.float64), train.labels)
@@ -101,7 +101,7 @@ def test_logistic_path_is_scikit_learns(size):
         assert found == pytest.approx(expected, rel=1e-3, abs=60 * 1e-3)  # nats of 60 images
         found = softmax(other.vectors @ kernel + bias, 1)
         np.testing.assert_allclose(found, model.predict_proba(other.vectors), atol=0.03)
-    assert strengths == [100.0, 1.0, 0.01]  # from strong to weak
+    assert strengths == [100.0, 1.0, 0.1]  # from strong to weak
 
 
 def test_logistic_path_of_several_labels_is_one_scikit_learn_each():
@@ -189,7 +189,7 @@ def test_few_iterations(monkeypatch):
     train = blobs(500, 1, size=40, spread=2.0)
     far_apart = features(train.vectors * np.logspace(1, -2, 40), train.labels)
     list(transfer.logistic_path(far_apart, 4, transfer.REGULARIZATIONS))
-    assert len(looks) == 45 and sum(found.nfev for found in looks) < 800
+    assert len(looks) == 45 and sum(found.nfev for found in looks) < 1000
 
 
 # The data sets ------------------------------------------------------------------------------
@@ -264,7 +264,7 @@ def test_load_set(chosen, prepare_set, tmp_path):
     assert len(test) == (12 if chosen.test == "validation" else 9)
     assert sorted(both) == sorted(train + validation)
     assert len(set(train + validation + test)) == len(train + validation + test)
-    for source in dataclasses.astuple(parts):
+    for source in (parts.train, parts.validation, parts.both, parts.test):
         assert source.num_examples == len(read(source))
     indices = [index for index, _, _ in read(parts.both)]
     assert indices == list(range(len(both)))
@@ -375,21 +375,21 @@ def test_finetune_transfer(coloured, tiny_encoder, monkeypatch, metric):
 
     monkeypatch.setattr(transfer, "fit_by_sgd", spy_fit)
     monkeypatch.setattr(transfer, "feature_extractor", spy_judge)
-    settings = {"learning_rates": (1e-6, 1.0, 1e30), "weight_decays": (0.0, 1e-4)}
+    settings = {"learning_rates": (1e30, 1.0), "weight_decays": (0.0, 1e-4)}
     found = transfer.finetune_transfer(
         encoder, parts, metric, image_size=16, steps=40, batch_size=30, verbose=0, **settings
     )
-    assert [step[0] for step in trained] == [parts.train] * 6 + [parts.both]
-    assert judged == [parts.validation] * 6 + [parts.test]
-    assert [step[1] for step in trained[:6]] == [1e-6] * 2 + [1.0] * 2 + [1e30] * 2
-    np.testing.assert_allclose([step[2] for step in trained[:4]], [0, 100, 0, 1e-4])
+    assert [step[0] for step in trained] == [parts.train] * 4 + [parts.both]
+    assert judged == [parts.validation] * 4 + [parts.test]
+    assert [step[1] for step in trained[:4]] == [1e30] * 2 + [1.0] * 2
+    np.testing.assert_allclose([step[2] for step in trained[:4]], [0, 1e-34, 0, 1e-4])
     assert all(step[3:] == (0.9, 40) for step in trained)
     for start in starts[1:]:
         for weight, first in zip(start, starts[0]):
             np.testing.assert_array_equal(weight, first)
     assert found["learning_rate"] == 1.0 and found["value"] > 0.9
     assert trained[-1][1:3] == (1.0, found["weight_decay"])
-    assert found["validation"]["1e-06"]["0"] < 0.8 < found["validation"]["1"]["0"]
+    assert found["validation"]["1"]["0"] > 0.8
     assert set(found["validation"]["1e+30"].values()) == {0.0}
 
 

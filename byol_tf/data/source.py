@@ -232,7 +232,7 @@ def _labels(features, multi_label):
                 tf.reduce_any(tf.one_hot(example[name], len(names), True, False), 0)
                 for name in ("labels", "labels_no_difficult")
             )
-            return tf.where(judged, 1, tf.where(there, -1, tf.constant(0, tf.int64)))
+            return tf.cast(judged, tf.int64) - tf.cast(there & ~judged, tf.int64)
 
         return names, ["labels", "labels_no_difficult"], several
     if isinstance(label, tfds.features.ClassLabel):

@@ -24,7 +24,7 @@ _PART = re.compile(r"(ckpt-\d+)\.(index|data-\d{5}-of-\d{5})")
 _LISTED = re.compile(r'^all_model_checkpoint_paths: "(.*)"$', re.MULTILINE)
 _UNFINISHED = ".unfinished"
 _CHANNELS = 512  # of a ResNet's last group at width 1
-ENCODER_FLAGS = ("encoder", "stem", "width_multiplier")
+ENCODER_FLAGS = ("encoder", "stem", "width_multiplier", "channels")
 MODEL_FLAGS = (
     *("method", *ENCODER_FLAGS, "projector_depth", "projector_hidden_size"),
     *("projector_output_size", "predictor", "predictor_depth", "optimizer"),
@@ -467,12 +467,13 @@ def _encoder_flags(values):
         return {}
     name = encoders[len(layers)]
     (size,) = values[f"online_encoder/layer_with_weights-{len(layers) - 1}/gamma"]
-    channels = size if name in BASIC else size // 4
+    width = size if name in BASIC else size // 4
     stem = values["online_encoder/layer_with_weights-0/kernel"]
     return {
         "encoder": [name],
         "stem": ["imagenet" if stem[0] == 7 else "small"],
-        "width_multiplier": [channels / _CHANNELS],
+        "width_multiplier": [width / _CHANNELS],
+        "channels": [stem[2]],
     }
 
 

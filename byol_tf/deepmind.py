@@ -55,7 +55,7 @@ def architecture(checkpoint):
     """Finds the networks of a checkpoint from the shapes in it.
 
     Returns:
-      A dict of the flags encoder, width_multiplier, stem, projector_hidden_size and
+      A dict of the flags encoder, width_multiplier, stem, channels, projector_hidden_size and
       projector_output_size, and of num_classes, that of the online classifier.
 
     Raises:
@@ -77,6 +77,7 @@ def architecture(checkpoint):
             ),
             "width_multiplier": shapes["stem_conv", "kernel"][-1] / 64,
             "stem": "imagenet",
+            "channels": shapes["stem_conv", "kernel"][2],
             "projector_hidden_size": shapes["projector_outputs", "kernel"][0],
             "projector_output_size": shapes["projector_outputs", "kernel"][1],
             "num_classes": shapes["classifier", "kernel"][1],

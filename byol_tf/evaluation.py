@@ -43,13 +43,27 @@ def extract_features(encoder, source, *, image_size, batch_size=256):
 
     Returns: `Features` with D the encoder's output size.
     """
+    return feature_extractor(encoder, source, image_size=image_size, batch_size=batch_size)()
+
+
+def feature_extractor(encoder, source, *, image_size, batch_size=256):
+    """`extract_features` for whoever needs it again and again, of an encoder that learns.
+
+    Its graphs are made once: those that nobody needs any more are cycles of 5 MB, which Python's
+    collector finds too late, if at all.
+
+    Returns: function without arguments to the `Features` of the encoder as it is by then.
+    """
+
+    shape = [None, image_size, image_size, source.channels]
 
     # Not a `keras.Model`, which would take the strategy of a `fit` that this is called in.
-    @tf.function(input_signature=[tf.TensorSpec([None, image_size, image_size, 3], tf.uint8)])
+    @tf.function(input_signature=[tf.TensorSpec(shape, tf.uint8)])
     def embed(images):
         return encoder(augment.normalize(images), training=False)
 
-    return _collect(source, image_size, batch_size, embed)
+    batches = views.eval_batches(source, image_size=image_size, batch_size=batch_size)
+    return lambda: _collect(batches, embed)
 
 
 def raw_pixels(source, *, image_size):
@@ -58,12 +72,12 @@ def raw_pixels(source, *, image_size):
     def flatten(images):
         return augment.normalize(images).numpy().reshape(len(images), -1)
 
-    return _collect(source, image_size, 256, flatten)
+    return _collect(views.eval_batches(source, image_size=image_size), flatten)
 
 
-def _collect(source, image_size, batch_size, vectors_of):
+def _collect(batches, vectors_of):
     vectors, labels, names = [], [], []
-    for batch in views.eval_batches(source, image_size=image_size, batch_size=batch_size):
+    for batch in batches:
         vectors.append(np.asarray(vectors_of(batch["image"]), np.float32))
         labels.append(batch["label"].numpy())
         names += [name.decode(errors="replace") for name in batch["name"].numpy()]
@@ -145,7 +159,7 @@ def top_k_accuracies(classify, source, *, image_size, batch_size=256):
     """Top-1 and top-5 accuracy on the labelled images of a source, centre-cropped.
 
     Args:
-      classify: function from normalised images [B, S, S, 3] to logits [B, ..., classes].
+      classify: function from normalised images [B, S, S, C] to logits [B, ..., classes].
       source: a `byol_tf.data.source.Source`.
       image_size: S, in pixels.
       batch_size: images at a time.
@@ -156,7 +170,7 @@ def top_k_accuracies(classify, source, *, image_size, batch_size=256):
 
     @tf.function(
         input_signature=[
-            tf.TensorSpec([None, image_size, image_size, 3], tf.uint8),
+            tf.TensorSpec([None, image_size, image_size, source.channels], tf.uint8),
             tf.TensorSpec([None], tf.int64),
         ]
     )

@@ -44,6 +44,7 @@ def resnet_encoder(
     width_multiplier=1.0,
     stem="imagenet",
     image_size=None,
+    channels=3,
     synchronized_batch_norm=None,
 ):
     """Builds a ResNet-18/34/50/101/152/200 without its classifier.
@@ -58,12 +59,13 @@ def resnet_encoder(
       stem: "imagenet" (7x7 convolution of stride 2, 3x3 max-pool of stride 2) or
         "small" (3x3 convolution of stride 1) for images of about 32 pixels.
       image_size: side of the square input in pixels, or None for any.
+      channels: of the images; 3 for RGB.
       synchronized_batch_norm: share batch statistics across replicas; by default where the
         current strategy has more than one.
 
     Returns:
-      A `keras.Model` from images float [B, image_size, image_size, 3], normalised by the
-      ImageNet mean and standard deviation, to the representation [B, D]; D is
+      A `keras.Model` from images float [B, image_size, image_size, channels], normalised as
+      `augment.normalize` does, to the representation [B, D]; D is
       512 * width_multiplier for ResNet-18/34 and 2048 * width_multiplier otherwise.
 
     Raises:
@@ -83,6 +85,7 @@ def resnet_encoder(
         bottleneck=name not in BASIC,
         stem=stem,
         image_size=image_size,
+        channels=channels,
         synchronized_batch_norm=synchronized_batch_norm,
         name=name,
     )
@@ -96,6 +99,7 @@ def resnet(
     bottleneck=True,
     stem="imagenet",
     image_size=None,
+    channels=3,
     synchronized_batch_norm=None,
     name="resnet",
 ):
@@ -108,10 +112,10 @@ def resnet(
       stem_channels: channels of the first convolution.
       bottleneck: whether a block has a 1x1, a 3x3 and a 1x1 convolution, the last with four
         times the channels, rather than two 3x3 convolutions.
-      stem, image_size, synchronized_batch_norm: as in `resnet_encoder`.
+      stem, image_size, channels, synchronized_batch_norm: as in `resnet_encoder`.
 
     Returns:
-      A `keras.Model` from images float [B, image_size, image_size, 3] to float [B, D].
+      A `keras.Model` from images float [B, image_size, image_size, channels] to float [B, D].
     """
 
     def conv(x, filters, kernel_size, strides, scope):
@@ -145,7 +149,7 @@ def resnet(
                 x = relu(x, f"{scope}_{i}")
         return relu(keras.layers.Add(name=f"{scope}_add")([x, shortcut]), scope)
 
-    images = keras.Input((image_size, image_size, 3), name="images")
+    images = keras.Input((image_size, image_size, channels), name="images")
     if stem == "imagenet":
         x = relu(conv_bn(images, stem_channels, 7, 2, "stem"), "stem")
         x = keras.layers.MaxPool2D(3, 2, padding="same", name="stem_pool")(x)

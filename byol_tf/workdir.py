@@ -13,7 +13,10 @@ from byol_tf.errors import UserError
 
 FLAGS = flags.FLAGS
 # Of these the networks' shapes depend, so no task can use a checkpoint of others.
-_SHAPE_FLAGS = {flag.name for flag in FLAGS.get_flags_for_module(config.model.__name__)}
+_SHAPE_FLAGS = {
+    "channels",
+    *(flag.name for flag in FLAGS.get_flags_for_module(config.model.__name__)),
+}
 # These may change while a run goes on: what is learned stays the same.
 _FREE_FLAGS = {
     *("task", "workdir", "log_every", "checkpoint_every", "max_steps", "data_dir"),

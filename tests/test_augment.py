@@ -293,7 +293,30 @@ def test_whole_in_its_order():
             np.testing.assert_allclose(value, as_normalized(image), atol=2e-5)
 
 
-@pytest.mark.parametrize("shape", [(2, 8, 9, 3), (2, 8, 8, 4), (8, 8, 3), (2, None, None, 3)])
+@pytest.mark.parametrize("channels", [1, 2, 4, 13])
+def test_whole_without_rgb(channels):
+    """As above, channel by channel: brightness and contrast in both orders, and no grayscale."""
+    images = np.random.default_rng(0).uniform(size=(4, 40, 40, channels)).astype(np.float32)
+    draws = make_draws(4, order=[0.01, 0.49, 0.51, 0.99])
+    view = dataclasses.replace(VIEW_1, **dict.fromkeys(PROBABILITIES, 1.0))
+    results = augment.augment(images, draws, view)
+    alone = [augment.augment(images[i : i + 1], draws[i : i + 1], view)[0] for i in range(4)]
+    for image, row, *values in zip(images.astype(np.float64), draws, results, alone):
+        row = dict(zip(COLUMNS, row))
+        image = image[:, ::-1]
+        strengths = {
+            "brightness": 0.8 * row["brightness"] - 0.4,
+            "contrast": 0.8 * row["contrast"] + 0.6,
+        }
+        for name in list(strengths)[:: 1 if row["order"] < 0.5 else -1]:
+            image = numpy_adjust(name, image, strengths[name])
+        image = numpy_blur(image, 0.1 + 1.9 * row["sigma"])
+        image = np.where(image < 0.5, image, 1 - image)
+        for value in values:
+            np.testing.assert_allclose(value, (image - 0.449) / 0.226, atol=2e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 9, 3), (2, 8, 8, None), (8, 8, 3), (2, None, None, 3)])
 def test_images_that_are_not_square_are_refused(shape):
     draws = make_draws(2)
 

@@ -546,6 +546,7 @@ FLAGS = {
     "encoder": "resnet18",
     "width_multiplier": 0.05,
     "stem": "small",
+    "channels": 2,
     "projector_hidden_size": 16,
     "projector_output_size": 4,
     "projector_depth": 2,
@@ -554,8 +555,10 @@ FLAGS = {
 }
 
 
-def build(encoder, width_multiplier, stem, optimizer, **sizes):
-    encoder = byol_tf.resnet_encoder(encoder, width_multiplier=width_multiplier, stem=stem)
+def build(encoder, width_multiplier, stem, channels, optimizer, **sizes):
+    encoder = byol_tf.resnet_encoder(
+        encoder, width_multiplier=width_multiplier, stem=stem, channels=channels
+    )
     model = byol_tf.BYOL(encoder, random_target=True, num_classes=3, **sizes)
     model.compile(make_optimizer(optimizer, 0.1, 0.0))
     build_optimizer(model.optimizer, model.trainable_variables)
@@ -574,6 +577,7 @@ def of_flags(tmp_path_factory):
         ("encoder", "resnet50", "resnet18"),
         ("width_multiplier", 0.1, 25 / 512),
         ("stem", "imagenet", "small"),
+        ("channels", 3, 2),
         ("projector_hidden_size", 32, 16),
         ("projector_output_size", 8, 4),
         ("projector_depth", 3, 2),

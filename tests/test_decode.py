@@ -118,6 +118,49 @@ def test_16_bits_are_scaled_to_8():
 
 
 @pytest.mark.parametrize("kind", ENCODED)
+def test_other_channels(kind):
+    """Luma as Pillow makes it of the same RGB, which leaves gray as it is; alpha is opaque."""
+    rgb = decode.decode(ENCODED[kind]).numpy()
+    gray = np.array(Image.fromarray(rgb).convert("L"))[..., np.newaxis]
+    opaque = np.full_like(gray, 255)
+    expected = {1: gray, 2: np.concatenate([gray, opaque], -1)}
+    expected[4] = np.concatenate([rgb, opaque], -1)
+    for channels, pixels in expected.items():
+        np.testing.assert_array_equal(decode.decode(ENCODED[kind], channels), pixels)
+        cropped = decode.decode_and_crop(ENCODED[kind], tf.constant([3, 5, 20, 30]), channels)
+        np.testing.assert_array_equal(cropped, pixels[3:23, 5:35])
+    if "grey" in kind:
+        np.testing.assert_array_equal(gray[..., 0], rgb[..., 0])
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_alpha_is_kept(mode):
+    image = RGB.convert("RGBA")
+    image.putalpha(Image.fromarray(alpha()))
+    encoded = encode(image.convert(mode), "PNG")
+    if mode == "P":
+        palette = RGB.convert("P")
+        encoded = encode(palette, "PNG", transparency=int(np.array(palette)[0, 0]))
+    shown = Image.open(io.BytesIO(encoded)).convert("RGBA")
+    np.testing.assert_array_equal(decode.decode(encoded, 4), shown)
+    with_gray = np.stack([shown.convert("RGB").convert("L"), shown.getchannel("A")], -1)
+    np.testing.assert_array_equal(decode.decode(encoded, 2), with_gray)
+    on_white = Image.fromarray(decode.decode(encoded).numpy())
+    np.testing.assert_array_equal(decode.decode(encoded, 1)[..., 0], on_white.convert("L"))
+
+
+def test_pixels_are_given_back():
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 7), np.uint8)
+    for image in (pixels, tf.constant(pixels)):
+        np.testing.assert_array_equal(decode.decode(image, 7), pixels)
+        assert decode.image_size(image).numpy().tolist() == [20, 30]
+        cropped = decode.decode_and_crop(image, tf.constant([2, 3, 4, 5]), 7)
+        np.testing.assert_array_equal(cropped, pixels[2:6, 3:8])
+        with pytest.raises(tf.errors.InvalidArgumentError):
+            decode.decode(image, 3)
+
+
+@pytest.mark.parametrize("kind", ENCODED)
 def test_image_size_is_that_of_the_decoded_image(kind):
     size = decode.image_size(ENCODED[kind])
     assert size.dtype == tf.int32

@@ -194,7 +194,8 @@ def test_import_of_made_up_files(tmp_path, reference_classes, name, width, stem_
     checkpoint = byol_tf.load_deepmind(file)
     found = deepmind.architecture(checkpoint)
     sizes = {"projector_hidden_size": 16, "projector_output_size": 8, "num_classes": 5}
-    assert found == {"encoder": name, "width_multiplier": width, "stem": "imagenet", **sizes}
+    given = {"encoder": name, "width_multiplier": width, "stem": "imagenet", "channels": 3}
+    assert found == {**given, **sizes}
     encoder = byol_tf.resnet_encoder(name, width_multiplier=width)
     model = byol_tf.BYOL(encoder, random_target=True, **sizes)
     model.compile(byol_tf.LARS(0.1))
@@ -240,9 +241,10 @@ def test_command_line(tmp_path, reference_classes):
     file, workdir = tmp_path / "pretrain.pkl", tmp_path / "run"
     online, *_ = write_synthetic(file, reference_classes, "resnet18", 1 / 16)
     task = ["--task=import_deepmind", f"--checkpoint={file}"]
-    done = run_main(workdir, *task, "--encoder=resnet50")
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("error: --encoder=resnet50:")
+    for flag in ("--encoder=resnet50", "--channels=1"):
+        done = run_main(workdir, *task, flag)
+        assert done.returncode == 1
+        assert done.stderr.splitlines()[-1].startswith(f"error: {flag}:")
     done = run_main(workdir, *task, "--num_classes=8")
     assert done.returncode == 0, done.stderr
     assert "--encoder=resnet18" in (workdir / "flags.txt").read_text()

@@ -281,6 +281,20 @@ class Unlabelled(Tinyset):
     EXAMPLE = staticmethod(lambda i: {"image": io.BytesIO(encoded(i, "PNG"))})
 
 
+class Spectral(Tinyset):
+    """Pixels of 13 channels, as arrays."""
+
+    FEATURES = {"image": tfds.features.Tensor(shape=(12, 15, 13), dtype=np.uint8)}
+    EXAMPLE = staticmethod(lambda i: {"image": np.full((12, 15, 13), 7 * i, np.uint8)})
+
+
+class Measured(Tinyset):
+    """The same in units of a sensor."""
+
+    FEATURES = {"image": tfds.features.Tensor(shape=(12, 15, 13), dtype=np.float32)}
+    EXAMPLE = staticmethod(lambda i: {"image": np.full((12, 15, 13), 700 * i, np.float32)})
+
+
 class Imageless(Tinyset):
     """No image at all."""
 
@@ -292,7 +306,7 @@ class Imageless(Tinyset):
 def prepared(tmp_path_factory):
     """A folder of prepared data sets."""
     data_dir = str(tmp_path_factory.mktemp("tfds"))
-    for builder in (Tinyset, Unlabelled, Imageless):
+    for builder in (Tinyset, Unlabelled, Imageless, Spectral, Measured):
         builder(data_dir=data_dir).download_and_prepare()
     return data_dir
 
@@ -323,6 +337,23 @@ def test_tfds_without_labels(prepared):
     assert loaded.image_shape is None
     assert [example["label"] for example in examples(loaded)] == [-1] * 4
     assert names(loaded) == ["test/0", "test/1", "test/2", "test/3"]
+
+
+def test_tfds_pixels(prepared):
+    loaded = source.load_source("spectral", "train", prepared, channels=13)
+    assert (loaded.image_shape, loaded.channels) == ((12, 15, 13), 13)
+    for i, example in enumerate(examples(loaded)):
+        assert example["image"].dtype == np.uint8 and (example["image"] == 7 * i).all()
+    assert loaded.find_fault() is None
+
+
+def test_channels_that_a_source_has_not(tmp_path, prepared):
+    for dataset, folder in (("image_folder", tmp_path), ("tinyset", prepared)):
+        message = error_of(dataset, "train", folder, 5)
+        assert message.startswith("--channels=5: image files have 1 (gray)")
+    message = error_of("spectral", "train", prepared)
+    assert message.startswith("--channels=3: the images of --dataset=spectral have 13: give")
+    assert "its images are float32" in error_of("measured", "train", prepared, 13)
 
 
 def test_tfds_errors(prepared):

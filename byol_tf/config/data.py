@@ -13,6 +13,14 @@ flags.DEFINE_string(
 flags.DEFINE_string("train_split", "train", "Images to learn from; slices as in train[:10%].")
 flags.DEFINE_string("eval_split", "validation", "Labelled images to evaluate on.")
 flags.DEFINE_integer("image_size", 224, "Side of a view in pixels (paper: 224).", lower_bound=8)
+flags.DEFINE_integer(
+    "channels",
+    3,
+    "Channels of an image. Files are read as 1: gray, 2: gray and alpha, 3: RGB (paper) or 4: RGB "
+    "and alpha; others are those of TFDS's uint8 tensors. Without RGB the colour jitter is of "
+    "brightness and contrast alone, and nothing is made gray.",
+    lower_bound=1,
+)
 flags.DEFINE_float(
     "min_crop_area",
     0.08,

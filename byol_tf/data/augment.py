@@ -2,6 +2,9 @@
 
 Flip, colour jitter, grayscale, blur, solarize and normalize. Every random choice comes in
 as a uniform draw, so that the whole is a pure function, on the host or on the accelerator.
+
+Images of three channels are RGB. Of any other number, the channels are treated alike, without what
+is of colours alone: saturation, hue and grayscale.
 """
 
 import dataclasses
@@ -14,7 +17,6 @@ import tensorflow as tf
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 _GRAY_WEIGHTS = (0.2989, 0.5870, 0.1140)
-_ORDERS = tuple(itertools.permutations(range(4)))
 _BLURRED_ROWS = 32  # at once: few enough to save products, enough for fast ones
 _TINY = 1e-20  # in place of a chroma of 0, to divide by
 NUM_DRAWS = 11
@@ -63,24 +65,24 @@ def augment(images, draws, view):
     """Augments and normalizes one view of every image of a batch.
 
     In between, and in the functions of a single step below, the images are planes: a list
-    of red, green and blue, float32 [B, S, S] in [0, 1]. Steps on whole planes are several
+    of the channels, float32 [B, S, S] in [0, 1] each. Steps on whole planes are several
     times faster than on three interleaved channels. Of a batch the images that are due for
     the same step are put together for it; a single image takes its own way, which is faster
     where images are so large that a batch leaves the processor's cache.
 
     Args:
-      images: uint8 or float32 in [0, 1], [B, S, S, 3].
+      images: uint8 or float32 in [0, 1], [B, S, S, C]; RGB where C is 3.
       draws: float32 [B, NUM_DRAWS], uniform in [0, 1).
       view: a `ViewAugmentation`.
 
-    Returns: float32 [B, S, S, 3].
+    Returns: float32 [B, S, S, C].
 
     Raises:
-      ValueError: if the images are not square or S is not known.
+      ValueError: if the images are not square, or S or C is not known.
     """
-    size = images.shape[1]
-    if size is None or images.shape[2:] != (size, 3):
-        raise ValueError(f"images: shape {images.shape}, must be [B, S, S, 3] with S known.")
+    size, channels = images.shape[1], images.shape[-1]
+    if None in (size, channels) or images.shape[2:] != (size, channels):
+        raise ValueError(f"images: shape {images.shape}, must be [B, S, S, C], S and C known.")
     flip, jitter, order, *strengths, gray, blur, sigma, solar = tf.unstack(
         draws, NUM_DRAWS, axis=-1
     )
@@ -94,7 +96,8 @@ def augment(images, draws, view):
         order,
         *strengths,
     )
-    planes = _sometimes(gray, view.grayscale_probability, to_grayscale, planes)
+    if channels == 3:
+        planes = _sometimes(gray, view.grayscale_probability, to_grayscale, planes)
     low, high = view.blur_sigma
     sigma = low + (high - low) * sigma
     planes = _sometimes(blur, view.blur_probability, gaussian_blur, planes, sigma)
@@ -105,8 +108,7 @@ def augment(images, draws, view):
         planes,
     )
     planes = [
-        _standardize(plane, mean, std)
-        for plane, mean, std in zip(planes, IMAGENET_MEAN, IMAGENET_STD)
+        _standardize(plane, mean, std) for plane, mean, std in zip(planes, *_mean_and_std(channels))
     ]
     # Faster than to stack them as the last axis.
     return tf.transpose(tf.stack(planes), [1, 2, 3, 0])
@@ -115,9 +117,13 @@ def augment(images, draws, view):
 def normalize(images):
     """Subtracts ImageNet's mean and divides by its standard deviation, channel by channel.
 
-    Args: images: uint8 or float in [0, 1], [..., 3]. Returns: float32 [..., 3].
+    Where the channels are not three, all have the averages over red, green and blue: 0.449 and
+    0.226.
+
+    Args: images: uint8 or float in [0, 1], [..., C]. Returns: float32 [..., C].
     """
-    return _standardize(_to_float(images), tf.constant(IMAGENET_MEAN), tf.constant(IMAGENET_STD))
+    mean, std = _mean_and_std(images.shape[-1])
+    return _standardize(_to_float(images), tf.constant(mean), tf.constant(std))
 
 
 def adjust_brightness(planes, offset):
@@ -203,7 +209,7 @@ def _flip(planes):
 
 
 def _jitter(planes, order, brightness, contrast, saturation, hue, view):
-    """The four colour jitters, in an order of each image's own.
+    """The four colour jitters, or the first two where there is no RGB, in each image's own order.
 
     Args: planes: as in `augment`; the others: draws, float32 [B]. Returns: as planes.
     """
@@ -213,7 +219,10 @@ def _jitter(planes, order, brightness, contrast, saturation, hue, view):
         (adjust_saturation, 1.0 + view.saturation * (2.0 * saturation - 1.0)),
         (adjust_hue, view.hue * (2.0 * hue - 1.0)),
     )
-    orders = tf.gather(tf.constant(_ORDERS), tf.cast(order * len(_ORDERS), tf.int32))
+    if len(planes) != 3:
+        jitters = jitters[:2]
+    orders = list(itertools.permutations(range(len(jitters))))
+    orders = tf.gather(tf.constant(orders), tf.cast(order * len(orders), tf.int32))
     for turn in range(len(jitters)):
         if order.shape[0] == 1:
             choices = [functools.partial(adjust, planes, amount) for adjust, amount in jitters]
@@ -314,6 +323,13 @@ def _to_float(images):
     if images.dtype == tf.uint8:
         return tf.cast(images, tf.float32) / 255.0
     return tf.cast(images, tf.float32)
+
+
+def _mean_and_std(channels):
+    """What `normalize` takes: two tuples of a value a channel, of pixels in [0, 1]."""
+    if channels == 3:
+        return IMAGENET_MEAN, IMAGENET_STD
+    return tuple((sum(of_rgb) / 3,) * channels for of_rgb in (IMAGENET_MEAN, IMAGENET_STD))
 
 
 def _standardize(values, mean, std):

@@ -60,9 +60,9 @@ def enclosing_box(boxes):
 
 
 def cut(image, box, corner=0):
-    """Cuts a box, int32 [4], out of an image, [H, W, 3], whose top left corner is at `corner`."""
+    """Cuts a box, int32 [4], out of an image, [H, W, C], whose top left corner is at `corner`."""
     start = tf.pad(box[:2] - corner, [[0, 1]])
-    return tf.slice(image, start, tf.pad(box[2:], [[0, 1]], constant_values=3))
+    return tf.slice(image, start, tf.pad(box[2:], [[0, 1]], constant_values=-1))  # -1: all
 
 
 def centre_crop_box(height, width):
@@ -78,13 +78,13 @@ def centre_crop_box(height, width):
 
 
 def resize(images, size):
-    """Bicubic resize of uint8 [..., H, W, 3] to uint8 [..., size, size, 3], overshoots clipped."""
+    """Bicubic resize of uint8 [..., H, W, C] to uint8 [..., size, size, C], overshoots clipped."""
     images = tf.image.resize(images, [size, size], "bicubic")
     return tf.cast(tf.round(tf.clip_by_value(images, 0.0, 255.0)), tf.uint8)
 
 
 def centre_crop_and_resize(images, size):
-    """The evaluation's view: uint8 [..., H, W, 3] of any size -> uint8 [..., size, size, 3]."""
+    """The evaluation's view: uint8 [..., H, W, C] of any size -> uint8 [..., size, size, C]."""
     shape = tf.shape(images)
     box = centre_crop_box(shape[-3], shape[-2])
     top, left, height, width = tf.unstack(box)
@@ -99,20 +99,20 @@ def crop_and_resize(images, boxes, size):
     many times faster for small images.
 
     Args:
-      images: uint8 [B, H, W, 3].
+      images: uint8 [B, H, W, C].
       boxes: int32 [B, 4], as `random_crop_boxes`.
       size: side of the result, in pixels.
 
-    Returns: uint8 [B, size, size, 3].
+    Returns: uint8 [B, size, size, C].
     """
-    height, width = images.shape[1], images.shape[2]
+    height, width, channels = images.shape[1:]
     rows = _bicubic_matrix(boxes[:, 0], boxes[:, 2], height, size)  # [B, size, H]
     columns = _bicubic_matrix(boxes[:, 1], boxes[:, 3], width, size)  # [B, size, W]
     pixels = tf.cast(images, tf.float32)
-    pixels = tf.matmul(rows, tf.reshape(pixels, [-1, height, width * 3]))
-    pixels = tf.transpose(tf.reshape(pixels, [-1, size, width, 3]), [0, 2, 1, 3])
-    pixels = tf.matmul(columns, tf.reshape(pixels, [-1, width, size * 3]))
-    pixels = tf.transpose(tf.reshape(pixels, [-1, size, size, 3]), [0, 2, 1, 3])
+    pixels = tf.matmul(rows, tf.reshape(pixels, [-1, height, width * channels]))
+    pixels = tf.transpose(tf.reshape(pixels, [-1, size, width, channels]), [0, 2, 1, 3])
+    pixels = tf.matmul(columns, tf.reshape(pixels, [-1, width, size * channels]))
+    pixels = tf.transpose(tf.reshape(pixels, [-1, size, size, channels]), [0, 2, 1, 3])
     return tf.cast(tf.round(tf.clip_by_value(pixels, 0.0, 255.0)), tf.uint8)
 
 

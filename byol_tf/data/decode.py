@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from byol_tf.data import crop
 
+MAX_CHANNELS = 4  # of these files
 # A small file can claim to be, or unpack to, an image that does not fit into memory.
 MAX_PIXELS = 100_000_000
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"GIF8")  # in the order of _switch
@@ -21,32 +22,40 @@ _GIF_CANVAS, _GIF_HEADER = 6, 13
 _GIF_EXTENSION, _GIF_FRAME = 0x21, 0x2C
 
 
-def decode(encoded):
-    """Decodes an image; grey ones become RGB, transparency is laid on white.
+def decode(encoded, channels=3):
+    """Decodes an image to 1 (luma), 2 (luma, alpha), 3 (RGB) or 4 (RGB, alpha) channels.
 
-    Of an animated GIF this is the first frame. An orientation in EXIF is ignored.
+    Whatever the file has is converted. Without alpha among the channels, transparency is laid
+    on white; alpha is that of a PNG, and 255 of other files. Of an animated GIF this is the first
+    frame. An orientation in EXIF is ignored.
 
     Args:
-      encoded: string scalar, a whole JPEG, PNG, BMP or GIF file.
+      encoded: string scalar, a whole JPEG, PNG, BMP or GIF file; or pixels, uint8
+        [H, W, channels] of any number of channels, which are given back.
+      channels: int.
 
-    Returns: uint8 [H, W, 3].
+    Returns: uint8 [H, W, channels].
     """
+    if _is_pixels(encoded):
+        return tf.ensure_shape(encoded, [None, None, channels])
     image = _switch(
         encoded,
         jpeg=lambda: _decode_jpeg(encoded),
-        png=lambda: _decode_png(encoded),
+        png=lambda: _decode_png(encoded, channels),
         bmp=lambda: _decode_bmp(encoded),
         gif=lambda: _decode_gif(encoded),
     )
-    return tf.ensure_shape(image, [None, None, 3])
+    return _convert(image, channels)
 
 
 def image_size(encoded):
     """What the header says is the size of the image: int32 [2], height and width.
 
     Args:
-      encoded: string scalar, a whole JPEG, PNG, BMP or GIF file.
+      encoded: as of `decode`.
     """
+    if _is_pixels(encoded):
+        return tf.shape(encoded)[:2]
     size = _switch(
         encoded,
         jpeg=lambda: _jpeg_size(encoded),
@@ -57,24 +66,52 @@ def image_size(encoded):
     return tf.ensure_shape(size, [2])
 
 
-def decode_and_crop(encoded, box):
-    """The same as cutting `box` out of `decode(encoded)`, but faster for JPEG.
+def decode_and_crop(encoded, box, channels=3):
+    """The same as cutting `box` out of `decode(encoded, channels)`, but faster for JPEG.
 
     Args:
-      encoded: string scalar, a whole JPEG, PNG, BMP or GIF file.
+      encoded, channels: as of `decode`.
       box: int32 [4]: top, left, height and width in pixels, inside the image.
 
-    Returns: uint8 [height, width, 3].
+    Returns: uint8 [height, width, channels].
     """
 
     def slice_decoded():
-        return crop.cut(decode(encoded), box)
+        return crop.cut(decode(encoded, channels), box)
 
+    if _is_pixels(encoded):
+        return slice_decoded()
     return tf.cond(
         _starts_with(encoded, _SIGNATURES[0]),
-        lambda: _decode_and_crop_jpeg(encoded, box),
+        lambda: _convert(_decode_and_crop_jpeg(encoded, box), channels),
         slice_decoded,
     )
+
+
+def _is_pixels(image):
+    return tf.uint8 == getattr(image, "dtype", tf.string)  # Python's bytes have none
+
+
+def _convert(image, channels):
+    """RGB, or RGB and alpha, uint8 [H, W, 3 or 4], in the channels that `decode` gives."""
+    if channels in (2, 4):
+        image = _with_alpha(image)
+    if channels in (1, 2):
+        red, green, blue, *alpha = tf.unstack(image, channels + 2, axis=-1)
+        image = tf.stack([_luma(red, green, blue), *alpha], -1)
+    return tf.ensure_shape(image, [None, None, channels])
+
+
+def _with_alpha(image):
+    """Adds an alpha of 255 where there is none: uint8 [H, W, 1 to 4] -> [H, W, 2 or 4]."""
+    return tf.pad(image, [[0, 0], [0, 0], [0, tf.shape(image)[2] % 2]], constant_values=255)
+
+
+def _luma(*colours):
+    """Of red, green and blue, uint8 [H, W] each: rounded, with the weights of ITU-R BT.601."""
+    # Weights of 2**16 in all, as Pillow's: exact in float32, so that gray stays what it is.
+    red, green, blue = (tf.cast(colour, tf.float32) for colour in colours)
+    return tf.cast((19595 * red + 38470 * green + 7471 * blue + 2**15) / 2**16, tf.uint8)
 
 
 def _switch(encoded, jpeg, png, bmp, gif):
@@ -140,12 +177,16 @@ def _png_size(encoded):
     return _if(is_first, header[:0:-1], "a PNG that does not begin with its header")
 
 
-def _decode_png(encoded):
+def _decode_png(encoded, channels):
     encoded = _bounded(encoded, _png_size(encoded))
     # With as many channels as there are, 1 to 4: asked for 4, TensorFlow gives 1-bit images
     # an alpha of 1 of 255.
     pixels = tf.io.decode_png(encoded, channels=0)
     shape = tf.shape(pixels)
+    if channels in (2, 4):
+        pixels = _with_alpha(pixels)
+        colours = tf.broadcast_to(pixels[..., :-1], [shape[0], shape[1], 3])
+        return tf.concat([colours, pixels[..., -1:]], -1)
 
     def on_white():
         # The narrowest type that holds 255 * 255 + 127: images may be large.

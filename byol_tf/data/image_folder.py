@@ -22,7 +22,7 @@ _MAX_BYTES = 2**30
 _DECODER = f"2, TensorFlow {tf.__version__}"  # raise the number when `decode` changes
 
 
-def load(split, data_dir):
+def load(split, data_dir, channels=3):
     """Opens a folder of JPEG, PNG, BMP and GIF files, at any depth.
 
     First-level folders called train, test, validation or val are the splits; without them
@@ -33,6 +33,7 @@ def load(split, data_dir):
     Args:
       split: one of the splits.
       data_dir: path of the folder.
+      channels: of the decoded images, 1 to 4; see `decode.decode`.
 
     Returns: a `byol_tf.data.source.Source`; its names are paths relative to `data_dir`.
 
@@ -57,7 +58,7 @@ def load(split, data_dir):
             f"--data_dir={root}: no readable image in split {split!r} (of "
             f"{len(splits[canonical])} files): add images."
         )
-    return _source(root, names, class_names, depth)
+    return _source(root, names, class_names, depth, channels)
 
 
 def _root(data_dir):
@@ -146,7 +147,7 @@ def _class_of(name, depth):
     return folders[depth] if len(folders) > depth else None
 
 
-def _source(root, names, class_names, depth):
+def _source(root, names, class_names, depth, channels):
     """The `Source` of these files, which are read when it is their turn."""
     numbers = {name: number for number, name in enumerate(class_names or ())}
     slices = {
@@ -163,6 +164,7 @@ def _source(root, names, class_names, depth):
         image_shape=None,
         read=lambda record: tf.io.read_file(record["path"]),
         find_fault=lambda: _find_change(root, names),
+        channels=channels,
     )
 
 

@@ -16,20 +16,21 @@ _NETWORK_TIMEOUT = 10  # seconds; TFDS itself retries for minutes
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Encoded images in a fixed order.
+    """Encoded images, or their pixels, in a fixed order.
 
     Attributes:
       dataset: a `tf.data.Dataset` of records, dicts of scalars: "index", int64, the position
-        in the source; "image", string, the encoded image; "label", int64, -1 where there is
-        none; "name", string.
+        in the source; "image", string, the encoded image, or uint8 [H, W, channels]; "label",
+        int64, -1 where there is none; "name", string.
       num_examples: int.
       class_names: tuple of strings, or None where there are no labels.
-      image_shape: (height, width, 3) where all decoded images are of this size, or None.
+      image_shape: (height, width, channels) where all decoded images are of this size, or None.
       read: where the images are files of their own, the records have no "image" but what
         this function of a record needs to read it, so that they can be shuffled and skipped
         unread.
       find_fault: to call after an error: looks for what cannot be read, which may take as long
         as an epoch, and tells it in one line (else None).
+      channels: of the decoded images; encoded ones have 1 to 4, see `decode.decode`.
     """
 
     dataset: tf.data.Dataset
@@ -38,6 +39,7 @@ class Source:
     image_shape: tuple | None
     read: Callable | None = None
     find_fault: Callable = lambda: None
+    channels: int = 3
 
     def example(self, record):
         """A record with its encoded image: "index", "image", "label" and "name"."""
@@ -49,7 +51,7 @@ class Source:
         }
 
 
-def load_source(dataset, split, data_dir=None):
+def load_source(dataset, split, data_dir=None, channels=3):
     """Opens a data set; one from TFDS is downloaded and prepared if it has not been yet.
 
     Args:
@@ -58,21 +60,35 @@ def load_source(dataset, split, data_dir=None):
       split: a split of it, for TFDS with slices ("train[:10%]").
       data_dir: the folder of images, or that of TFDS's prepared data sets (None for
         `~/tensorflow_datasets`).
+      channels: of the images. Those in files have 1 to 4, as `decode.decode` tells, whatever the
+        files have. More have the examples of TFDS whose "image" is a uint8 `Tensor` of
+        [H, W, channels].
 
     Returns: a `Source`.
 
     Raises:
-      UserError: if there is no such data set or split, or it cannot be read.
+      UserError: if there is no such data set or split, it cannot be read, or has not these
+        channels.
     """
     if dataset == "image_folder":
         from byol_tf.data import image_folder
 
-        return image_folder.load(split, data_dir)
+        _check_files_have(channels)
+        return image_folder.load(split, data_dir, channels)
     builder = _builder(dataset, data_dir)
     if not builder.is_prepared():
         _prepare(builder, dataset, data_dir)
         builder = _builder(dataset, data_dir)  # if another process did it, this one reads it so
-    return _read(builder, dataset, split)
+    return _read(builder, dataset, split, channels)
+
+
+def _check_files_have(channels):
+    """Refuses a number of channels that no image file has."""
+    if channels > decode.MAX_CHANNELS:
+        raise UserError(
+            f"--channels={channels}: image files have 1 (gray), 2 (with alpha), 3 (RGB) or 4 (with "
+            "alpha): more need a data set of TFDS whose 'image' is a uint8 Tensor."
+        )
 
 
 def _builder(dataset, data_dir):
@@ -139,16 +155,12 @@ def _check_network(builder):
         requests.head(urls[0], timeout=_NETWORK_TIMEOUT)
 
 
-def _read(builder, dataset, split):
+def _read(builder, dataset, split, channels):
     """The `Source` of a split of a prepared TFDS data set."""
     import tensorflow_datasets as tfds
 
     features = builder.info.features
-    if not isinstance(_feature(features, "image"), tfds.features.Image):
-        raise UserError(
-            f"--dataset={dataset}: its examples have no feature 'image', only "
-            f"{', '.join(features)}: choose an image data set."
-        )
+    _check_images(features, dataset, channels)
     try:
         num_examples = builder.info.splits[split].num_examples
     except (KeyError, ValueError) as error:
@@ -160,8 +172,10 @@ def _read(builder, dataset, split):
     has_label = isinstance(label, tfds.features.ClassLabel)
     names = [name for name in ("file_name", "id") if name in features][:1]
     wanted = ["image", *(["label"] if has_label else []), *names]
+    encoded = isinstance(features["image"], tfds.features.Image)
     decoders = tfds.decode.PartialDecoding(
-        {name: True for name in wanted}, decoders={"image": tfds.decode.SkipDecoding()}
+        {name: True for name in wanted},
+        decoders={"image": tfds.decode.SkipDecoding()} if encoded else None,
     )
     with _quiet():
         examples = builder.as_dataset(
@@ -178,17 +192,46 @@ def _read(builder, dataset, split):
             else tf.strings.join([split, "/", tf.strings.as_string(index)]),
         }
 
-    height, width = features["image"].shape[:2]
     images = examples.enumerate().map(as_example)
     height, width = features["image"].shape[:2]
-    shape = (height, width, 3) if height and width else None
+    shape = (height, width, channels) if height and width else None
     return Source(
         dataset=images,
         num_examples=num_examples,
         class_names=tuple(label.names) if has_label else None,
         image_shape=shape,
-        find_fault=lambda: _find_fault(builder, dataset, split, images, shape),
+        find_fault=lambda: _find_fault(
+            builder, dataset, split, images, shape or (None, None, channels)
+        ),
+        channels=channels,
     )
+
+
+def _check_images(features, dataset, channels):
+    """Refuses a data set whose examples have no images, or none of so many channels."""
+    import tensorflow_datasets as tfds
+
+    image = _feature(features, "image")
+    encoded = isinstance(image, tfds.features.Image)
+    if not encoded and not (isinstance(image, tfds.features.Tensor) and len(image.shape) == 3):
+        raise UserError(
+            f"--dataset={dataset}: its examples have no feature 'image', only "
+            f"{', '.join(features)}: choose an image data set."
+        )
+    dtype = tf.as_dtype(image.np_dtype).name
+    # 16 bits of a PNG are full range by its standard; those of a sensor are not.
+    if dtype not in (("uint8", "uint16") if encoded else ("uint8",)):
+        raise UserError(
+            f"--dataset={dataset}: its images are {dtype}, whose range is not known: prepare them "
+            "as uint8, from 0 to 255."
+        )
+    if encoded:
+        _check_files_have(channels)
+    elif image.shape[2] != channels:
+        raise UserError(
+            f"--channels={channels}: the images of --dataset={dataset} have {image.shape[2]}: "
+            f"give --channels={image.shape[2]}."
+        )
 
 
 def _find_fault(builder, dataset, split, images, shape):
@@ -214,7 +257,7 @@ def _fault_of_images(images, shape):
     """Which image of a data set cannot be decoded, or is not of `shape`, or None."""
 
     def decoded(example):
-        return tf.ensure_shape(decode.decode(example["image"]), shape or (None, None, 3))
+        return tf.ensure_shape(decode.decode(example["image"], shape[-1]), shape)
 
     @tf.autograph.experimental.do_not_convert
     def place(example):

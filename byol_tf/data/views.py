@@ -13,8 +13,10 @@ from byol_tf.errors import UserError
 
 # Decoded images of one common size up to this many bytes stay in memory between epochs.
 _CACHE_BYTES = 2**30
-# Of a data set that is streamed, and stored in random order already: 2 GB of ImageNet.
+# Of a data set that is streamed, and stored in random order already: 2 GB of ImageNet; no more
+# where it is of pixels.
 _SHUFFLED_RECORDS = 16_384
+_SHUFFLED_BYTES = 2**31
 _PARALLEL_CALLS = max(2, os.cpu_count() or 2)
 _DRAWS = crop.NUM_DRAWS + augment.NUM_DRAWS
 
@@ -74,9 +76,10 @@ def pretrain_batches(
         in the order of the workers; the rest is neither decoded nor augmented.
 
     Returns:
-      A dataset of dicts: "view1" and "view2", float32 [B, image_size, image_size, 3], and
-      "label", int64 [B], B = batch_size / num_workers, where the source has labels. On the accelerator the views are
-      uint8 and come with their "draws1" and "draws2", float32 [B, NUM_DRAWS].
+      A dataset of dicts: "view1" and "view2", float32 [B, image_size, image_size, C], and
+      "label", int64 [B], where the source has labels; B = batch_size / num_workers, and C the
+      source's channels. On the accelerator the views are uint8 and come with their "draws1" and
+      "draws2", float32 [B, NUM_DRAWS].
 
     Raises:
       UserError: if there are fewer images than one batch.
@@ -90,7 +93,7 @@ def pretrain_batches(
     records = _decoded(source).cache() if in_memory else source.dataset
     light = in_memory or source.read is not None
     area_range = (min_crop_area, crop.AREA_RANGE[1])
-    shuffle_buffer = source.num_examples if light else _SHUFFLED_RECORDS
+    shuffle_buffer = source.num_examples if light else _shuffled(source)
 
     def one_epoch(epoch):
         # Of this function's graph only: without it the user's global seed changes the order.
@@ -148,10 +151,10 @@ def augment_batch(batch, augmentation="paper"):
 
     Args:
       batch: from `pretrain_batches` for the accelerator: "view1" and "view2", uint8
-        [B, S, S, 3], "draws1" and "draws2", float32 [B, NUM_DRAWS], and maybe "label".
+        [B, S, S, C], "draws1" and "draws2", float32 [B, NUM_DRAWS], and maybe "label".
       augmentation: one of `augment.AUGMENTATIONS`.
 
-    Returns: a dict of the views that there are, float32 [B, S, S, 3], and the label.
+    Returns: a dict of the views that there are, float32 [B, S, S, C], and the label.
     """
     views = {
         f"view{i}": augment.augment(batch[f"view{i}"], batch[f"draws{i}"], view)
@@ -170,14 +173,15 @@ def eval_batches(source, *, image_size, batch_size=256):
       batch_size: in images.
 
     Returns:
-      A dataset of dicts: "image", uint8 [B, image_size, image_size, 3], "label" and
+      A dataset of dicts: "image", uint8 [B, image_size, image_size, source.channels], "label" and
       "index", int64 [B], "name", string [B]. The last batch may be smaller.
     """
 
     def centre(record):
         example = source.example(record)
-        image = crop.centre_crop_and_resize(decode.decode(example["image"]), image_size)
-        image = tf.ensure_shape(image, [image_size, image_size, 3])
+        image = decode.decode(example["image"], source.channels)
+        image = crop.centre_crop_and_resize(image, image_size)
+        image = tf.ensure_shape(image, [image_size, image_size, source.channels])
         return {**example, "image": image}
 
     batches = _map(source.dataset, centre).batch(batch_size)
@@ -190,12 +194,19 @@ def _fits_in_memory(source):
     return bool(shape) and source.num_examples * shape[0] * shape[1] * shape[2] <= _CACHE_BYTES
 
 
+def _shuffled(source):
+    """How many records of a streamed source are shuffled at a time."""
+    pixels = source.dataset.element_spec["image"].shape.num_elements()  # 1 of encoded images
+    return max(1, min(_SHUFFLED_RECORDS, _SHUFFLED_BYTES // (pixels or 2**20)))
+
+
 def _decoded(source):
     """The source's images as pixels, whole, with index and label."""
 
     def decode_whole(record):
         example = source.example(record)
-        image = tf.ensure_shape(decode.decode(example["image"]), source.image_shape)
+        image = decode.decode(example["image"], source.channels)
+        image = tf.ensure_shape(image, source.image_shape)
         return {"image": image, "index": example["index"], "label": example["label"]}
 
     return _map(source.dataset, decode_whole)
@@ -222,11 +233,11 @@ def _crop_encoded(source, record, draws, image_size, area_range):
     heights, widths = tf.fill([num_views], height), tf.fill([num_views], width)
     boxes = crop.random_crop_boxes(heights, widths, draws[:, : crop.NUM_DRAWS], area_range)
     enclosing = crop.enclosing_box(boxes)
-    pixels = decode.decode_and_crop(example["image"], enclosing)
+    pixels = decode.decode_and_crop(example["image"], enclosing, source.channels)
     cropped = {"label": example["label"]}
     for i in range(num_views):
         view = crop.resize(crop.cut(pixels, boxes[i], enclosing[:2]), image_size)
-        cropped[f"view{i + 1}"] = tf.ensure_shape(view, [image_size, image_size, 3])
+        cropped[f"view{i + 1}"] = tf.ensure_shape(view, [image_size, image_size, source.channels])
         cropped[f"draws{i + 1}"] = draws[i, crop.NUM_DRAWS :]
     return cropped
 

@@ -15,7 +15,7 @@ def export():
     path = run.folder() / "saved_model"
     encoder = run.trained_encoder()
     with checkpoints.writing(path):
-        export_encoder(encoder, path, image_size=FLAGS.image_size)
+        export_encoder(encoder, path, image_size=FLAGS.image_size, channels=FLAGS.channels)
     print(f"encoder exported to {path}")
 
 

@@ -8,7 +8,7 @@ from absl import flags, logging
 
 from byol_tf import checkpoints, deepmind, distribution, evaluation, training, workdir
 from byol_tf.data import views
-from byol_tf.errors import UserError
+from byol_tf.errors import Preempted, UserError
 from byol_tf.model import BYOL
 from byol_tf.optimizers import build_optimizer, make_optimizer
 from byol_tf.schedules import WarmupCosine
@@ -73,12 +73,15 @@ def pretrain():
             manager=manager,
         )
         saves = training.Checkpoints(manager, FLAGS.checkpoint_every)
-        callbacks = [training.StopOnSigterm(strategy), watch, saves]
+        callbacks = [watch, saves]
+        stop = training.StopOnSigterm(strategy)
         if target_update is not None:
             callbacks.insert(0, target_update)
         if measure is not None:
             every = FLAGS.knn_every * per_epoch
+            measure = stop.at_once()(measure)
             callbacks.append(checkpoints.KeepBest(manager, saves.save, measure, every, watch))
+        callbacks.append(stop)
         try:
             training.train(
                 model,
@@ -94,7 +97,7 @@ def pretrain():
         workdir.update_results(folder, **_training_results(model, watch))
     if model.stop_training:
         step = int(model.optimizer.iterations.numpy())
-        raise training.Preempted(f"stopped by SIGTERM at step {step}")
+        raise Preempted(f"stopped by SIGTERM at step {step}")
 
 
 def _target_update(total_steps):
@@ -126,13 +129,14 @@ def _knn_measure(train_source):
         return lambda checkpoint: 0.0  # only awaits the chief
     with run.policy("float32"):
         encoder = run.encoder()
+    extractors = [
+        evaluation.feature_extractor(encoder, run.source(split), image_size=FLAGS.image_size)
+        for split in (FLAGS.train_split, FLAGS.eval_split)
+    ]
 
     def measure(checkpoint):
         run.load_encoder(encoder, checkpoint)
-        train, test = (
-            evaluation.extract_features(encoder, run.source(split), image_size=FLAGS.image_size)
-            for split in (FLAGS.train_split, FLAGS.eval_split)
-        )
+        train, test = (extract() for extract in extractors)
         if min(train.labels.min(), test.labels.min()) < 0:
             logging.warning("--knn_every: skipped: there are images without labels")
             return None

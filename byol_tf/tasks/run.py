@@ -46,7 +46,7 @@ def verbosity():
 
 def source(split, dataset=None):
     """The `Source` of a split of --dataset, or of another data set of --data_dir."""
-    return _load_source(dataset or FLAGS.dataset, split, FLAGS.data_dir)
+    return _load_source(dataset or FLAGS.dataset, split, FLAGS.data_dir, FLAGS.channels)
 
 
 _load_source = functools.lru_cache(maxsize=None)(load_source)
@@ -71,6 +71,7 @@ def encoder():
         width_multiplier=FLAGS.width_multiplier,
         stem=FLAGS.stem,
         image_size=FLAGS.image_size,
+        channels=FLAGS.channels,
     )
 
 

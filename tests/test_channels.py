@@ -1,0 +1,162 @@
+"""Images of 1, 2, 4 and more channels, from the source to the embedding."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+import byol_tf
+from byol_tf import evaluation
+from byol_tf.data import crop, decode, views
+from byol_tf.data.source import Source
+from byol_tf.data.views import augment_batch, eval_batches, pretrain_batches
+
+ROOT = pathlib.Path(__file__).parent.parent
+COUNT, SIZE = 12, 12
+
+
+def pixels_of(channels):
+    return np.random.default_rng(0).integers(0, 256, (COUNT, 20, 18, channels), np.uint8)
+
+
+def make_source(channels):
+    """A `Source`, in memory, of PNG files, or of pixels where those cannot hold them."""
+    pixels = pixels_of(channels)
+    encoded = channels <= 4
+    records = {
+        "index": np.arange(COUNT, dtype=np.int64),
+        "image": [tf.io.encode_png(image).numpy() for image in pixels] if encoded else pixels,
+        "label": np.arange(COUNT, dtype=np.int64) % 3,
+        "name": [f"{i}.png" for i in range(COUNT)],
+    }
+    dataset = tf.data.Dataset.from_tensor_slices(records)
+    return Source(dataset, COUNT, ("a", "b", "c"), (20, 18, channels), channels=channels)
+
+
+def run(source, **kwargs):
+    batches = pretrain_batches(source, image_size=SIZE, batch_size=4, epochs=2, **kwargs)
+    return list(batches.as_numpy_iterator())
+
+
+def assert_close(batches, others, atol):
+    assert len(batches) == len(others) > 0
+    for batch, other in zip(batches, others):
+        assert batch.keys() == other.keys()
+        for key, value in batch.items():
+            np.testing.assert_allclose(value.astype(float), other[key], rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 13])
+def test_views(channels):
+    """The same from any step on, in memory or streamed, on host or accelerator."""
+    source = make_source(channels)
+    batches = run(source)
+    assert batches[0]["view1"].shape == (4, SIZE, SIZE, channels)
+    assert batches[0]["view2"].dtype == np.float32
+    assert np.abs(batches[0]["view1"] - batches[0]["view2"]).max() > 0.1
+    assert_close(run(source, start_step=4), batches[4:], atol=0)
+    cropped = run(source, augment_on="accelerator")
+    finished = [{k: np.asarray(v) for k, v in augment_batch(batch).items()} for batch in cropped]
+    assert_close(finished, batches, atol=1e-5)
+    streamed = run(dataclasses.replace(source, image_shape=None), augment_on="accelerator")
+    assert_close(streamed, cropped, atol=1)  # rounded
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 13])
+def test_eval_batches(channels):
+    (batch,) = eval_batches(make_source(channels), image_size=SIZE)
+    expected = crop.centre_crop_and_resize(pixels_of(channels), SIZE)
+    np.testing.assert_array_equal(batch["image"], expected)
+    assert batch["image"].shape == (COUNT, SIZE, SIZE, channels)
+
+
+def test_large_pixels_are_shuffled_a_few_at_a_time():
+    """Where a source of pixels is streamed, the records that wait are no more than 2 GB."""
+    pixels = tf.data.Dataset.from_tensors({"image": tf.zeros([256, 256, 13], tf.uint8)})
+    encoded = tf.data.Dataset.from_tensors({"image": tf.constant("png")})
+    sizes = [
+        views._shuffled(Source(images, 10**6, None, None, channels=13))
+        for images in (pixels, encoded)
+    ]
+    assert sizes[0] == 2**31 // (256 * 256 * 13) and sizes[1] == 16_384
+
+
+def test_library_with_13_channels(tmp_path):
+    """Views, training, features and a SavedModel, which has no signature for files then."""
+    source = make_source(13)
+    encoder = byol_tf.resnet_encoder(
+        "resnet18", width_multiplier=1 / 32, stem="small", image_size=SIZE, channels=13
+    )
+    model = byol_tf.BYOL(encoder, projector_hidden_size=8, projector_output_size=4)
+    model.compile(byol_tf.LARS(0.1))
+    before = encoder.layers[1].kernel.numpy()
+    batches = byol_tf.pretrain_batches(source, image_size=SIZE, batch_size=4, epochs=1)
+    target_update = byol_tf.TargetNetworkUpdate(0.9, total_steps=3)
+    model.fit(batches, verbose=0, callbacks=[target_update])
+    assert np.abs(encoder.layers[1].kernel.numpy() - before).max((0, 1, 3)).min() > 0
+    byol_tf.export_encoder(encoder, tmp_path / "model", image_size=SIZE, channels=13)
+    loaded = tf.saved_model.load(str(tmp_path / "model"))
+    assert list(loaded.signatures) == ["serving_default"]
+    served = loaded.signatures["serving_default"](images=tf.constant(pixels_of(13)))
+    features = byol_tf.extract_features(encoder, source, image_size=SIZE)
+    np.testing.assert_allclose(served["embedding"], features.vectors, rtol=1e-4, atol=1e-5)
+    raw = evaluation.raw_pixels(source, image_size=8)
+    assert raw.vectors.shape == (COUNT, 8 * 8 * 13)
+
+
+def write_images(root):
+    """Dark and bright images of 16 x 16 pixels, gray and in colours, as JPEG and as PNG."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 8), ("test", 4)):
+        for name, level in (("dark", 60), ("bright", 190)):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                image = Image.fromarray(
+                    (level + rng.integers(-50, 50, (16, 16, 3))).astype("uint8")
+                )
+                image = image.convert("L") if i % 2 else image
+                image.save(root / split / name / f"{i}.{'jpg' if i % 4 < 2 else 'png'}")
+
+
+def test_gray_on_the_command_line(tmp_path):
+    """All tasks with --channels=1; the SavedModel gives the same embeddings; nor is it 3 after."""
+    write_images(tmp_path / "images")
+    workdir = tmp_path / "run"
+    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "CUDA_VISIBLE_DEVICES": ""}
+
+    def main(*flags):
+        command = [sys.executable, str(ROOT / "main.py"), f"--workdir={workdir}", *flags]
+        return subprocess.run(command, env=env, capture_output=True, text=True)
+
+    done = main(
+        *("--task=pretrain,knn,linear_eval,export,embed", "--embed_split=test", "--channels=1"),
+        *("--dataset=image_folder", f"--data_dir={tmp_path / 'images'}", "--eval_split=test"),
+        *("--encoder=resnet18", "--width_multiplier=0.05", "--stem=small", "--image_size=16"),
+        *("--projector_hidden_size=16", "--projector_output_size=8", "--optimizer=sgd"),
+        *("--batch_size=8", "--epochs=2", "--warmup_epochs=1"),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((workdir / "results.json").read_text())
+    assert found["steps"] == 4 and found["raw_pixels"]["knn_top1"] == 1.0  # dark and bright
+    written = np.load(workdir / "embeddings.npz")
+    names = [tmp_path / "images" / name for name in written["name"]]
+    signatures = tf.saved_model.load(str(workdir / "saved_model")).signatures
+    encoded = tf.constant([name.read_bytes() for name in names])
+    of_bytes = signatures["serving_bytes"](image_bytes=encoded)["embedding"]
+    np.testing.assert_allclose(of_bytes, written["embedding"], rtol=1e-4, atol=1e-5)
+    pixels = np.stack([decode.decode(name.read_bytes(), 1) for name in names])
+    assert pixels.shape == (8, 16, 16, 1)
+    of_pixels = signatures["serving_default"](images=tf.constant(pixels))["embedding"]
+    np.testing.assert_allclose(of_pixels, written["embedding"], rtol=1e-4, atol=1e-5)
+
+    done = main("--task=knn", "--channels=3")
+    assert done.returncode == 1
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("error: --channels=3: ") and "--channels=1" in line

@@ -6,6 +6,7 @@ import tensorflow as tf
 
 from byol_tf.backbone import resnet_backbone
 from byol_tf.classifier import loss_and_accuracy
+from byol_tf.errors import UserError
 from byol_tf.keras_api import keras
 from byol_tf.resnet import batch_norm
 
@@ -63,6 +64,10 @@ def depth_model(encoder, *, frozen=False):
 
 def _last_map(encoder, dilated, frozen):
     """The images, a Keras tensor, and C5 of them by a copy of the encoder."""
+    if encoder.input_shape[-1] != 3:
+        raise UserError(
+            f"dense transfer is of images of 3 channels; the encoder has {encoder.input_shape[-1]}."
+        )
     backbone = resnet_backbone(encoder, dilated=dilated)
     backbone.trainable = not frozen
     images = keras.Input(backbone.input_shape[1:], name="images")

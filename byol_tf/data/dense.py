@@ -124,10 +124,12 @@ def _from_tfds(name, split, target, data_dir):
             f"--dense_data={name}: no folder, and as a TFDS data set without {target}: its "
             f"examples have {', '.join(features)}, not image and {' or '.join(_FEATURES[target])}."
         )
-    if split not in builder.info.splits:
+    try:
+        count = builder.info.splits[split].num_examples
+    except (KeyError, ValueError) as error:
         raise UserError(
             f"--dense_data={name}: no split {split!r}; there are {', '.join(builder.info.splits)}."
-        )
+        ) from error
     examples = builder.as_dataset(
         split=split,
         shuffle_files=False,
@@ -140,7 +142,6 @@ def _from_tfds(name, split, target, data_dir):
             values = values[..., 0]
         return example["image"], _known(values, example["image"].shape[:2])
 
-    count = builder.info.splits[split].num_examples
     return DenseSource(examples, count, read, _SHUFFLED_IMAGES)
 
 

@@ -125,6 +125,7 @@ def write_images(root):
                 image.save(root / split / name / f"{i}.{'jpg' if i % 4 < 2 else 'png'}")
 
 
+@pytest.mark.slow
 def test_gray_on_the_command_line(tmp_path):
     """All tasks with --channels=1; the SavedModel gives the same embeddings; nor is it 3 after."""
     write_images(tmp_path / "images")
@@ -140,11 +141,11 @@ def test_gray_on_the_command_line(tmp_path):
         *("--dataset=image_folder", f"--data_dir={tmp_path / 'images'}", "--eval_split=test"),
         *("--encoder=resnet18", "--width_multiplier=0.05", "--stem=small", "--image_size=16"),
         *("--projector_hidden_size=16", "--projector_output_size=8", "--optimizer=sgd"),
-        *("--batch_size=8", "--epochs=2", "--warmup_epochs=1"),
+        *("--batch_size=8", "--epochs=2", "--warmup_epochs=1", "--nobaselines"),
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((workdir / "results.json").read_text())
-    assert found["steps"] == 4 and found["raw_pixels"]["knn_top1"] == 1.0  # dark and bright
+    assert found["steps"] == 4 and {"knn_top1", "linear_top1"} <= found.keys()
     written = np.load(workdir / "embeddings.npz")
     names = [tmp_path / "images" / name for name in written["name"]]
     signatures = tf.saved_model.load(str(workdir / "saved_model" / "1")).signatures

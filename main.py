@@ -1,12 +1,13 @@
 """BYOL from images to a served encoder: `python main.py --flagfile=flags/quickstart.flags`."""
 
 import os
+import signal
 import sys
 
 from absl import app, flags
 
 from byol_tf import config, workdir
-from byol_tf.errors import UserError, one_line
+from byol_tf.errors import Preempted, UserError, one_line
 
 FLAGS = flags.FLAGS
 PREEMPTED = 75  # EX_TEMPFAIL: run the same command again
@@ -36,21 +37,25 @@ def main(argv):
     if len(argv) > 1:
         sys.exit(f"error: {one_line(repr(argv[1]))} is not a flag: write --name=value.")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # its notices hide ours
-    # These load TensorFlow, which --help and a wrong flag need not await.
-    from byol_tf import tasks
-    from byol_tf.training import Preempted
-
     try:
+        signal.signal(signal.SIGTERM, _stop)
+        from byol_tf import tasks  # loads TensorFlow, which --help and a wrong flag need not await
+
         tasks.only_our_notices()
         tasks.configure_devices()
         tasks.run_all()
     except UserError as error:
         sys.exit(f"error: {error}")
     except Preempted as stopped:
-        print(f"{stopped}: the same command goes on from there", file=sys.stderr)
+        print(f"{stopped}: the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(PREEMPTED)
     except KeyboardInterrupt:
         sys.exit("interrupted: the same command goes on from the last checkpoint")
+
+
+def _stop(number, frame):
+    """Ends what is not training, which ends by itself after a step: see `StopOnSigterm`."""
+    raise Preempted("stopped by SIGTERM")
 
 
 if __name__ == "__main__":

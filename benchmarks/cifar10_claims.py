@@ -76,10 +76,10 @@ def read_result(workdir):
     """Accuracies of a finished run, and how its last line of metrics was; None if unfinished."""
     path = workdir / "results.json"
     result = json.loads(path.read_text()) if path.exists() else {}
-    if result.get("linear_top1") is None:
+    if result.get("probe_top1") is None:
         return None
     last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
-    figures = {name: result[name] for name in ("linear_top1", "knn_top1")}
+    figures = {name: result[name] for name in ("probe_top1", "knn_top1")}
     return figures | {name: last[name] for name in ("projection_std", "effective_rank")}
 
 
@@ -99,8 +99,8 @@ def run_all(jobs, folder):
                 name, seed = futures[future]
                 left = (time.perf_counter() - begin) / done * (len(todo) - done)
                 print(
-                    f"[{done}/{len(todo)}] {name}, seed {seed}: linear "
-                    f"{100 * result['linear_top1']:.1f} %, k-NN {100 * result['knn_top1']:.1f} %; "
+                    f"[{done}/{len(todo)}] {name}, seed {seed}: linear probe "
+                    f"{100 * result['probe_top1']:.1f} %, k-NN {100 * result['knn_top1']:.1f} %; "
                     f"about {datetime.timedelta(seconds=round(left))} left",
                     flush=True,
                 )
@@ -143,7 +143,7 @@ def mean_and_error(values):
     return np.mean(values), np.std(values, ddof=1) / np.sqrt(len(values))
 
 
-def percents(runs, figure="linear_top1"):
+def percents(runs, figure="probe_top1"):
     """An accuracy of every run in %, float [seeds]."""
     return np.array([100 * run[figure] for run in runs])
 
@@ -155,7 +155,7 @@ def table(results):
     yield "| | linear probe, % | k-NN, % | projection_std | effective rank |"
     yield "|---|---|---|---|---|"
     for name, runs in results.items():
-        cells = [mean_and_error(percents(runs, f)) for f in ("linear_top1", "knn_top1")]
+        cells = [mean_and_error(percents(runs, f)) for f in ("probe_top1", "knn_top1")]
         cells += [
             mean_and_error([r[f] for r in runs]) for f in ("projection_std", "effective_rank")
         ]

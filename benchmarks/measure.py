@@ -23,15 +23,15 @@ FLAGS = flags.FLAGS
 flags.disclaim_key_flags()  # --help lists them as the benchmark's own
 
 ROOT = pathlib.Path(__file__).parent.parent
-RESULTS = ROOT / "docs" / "performance"
 PAGE = ROOT / "docs" / "performance.md"
 _SETTLING = 2  # seconds, in which who had the last turn fills its queues again
 
 
-def define_flags(rounds, with_peer=False):
-    """The flags that the benchmarks share. Args: rounds: how many by default."""
-    flags.DEFINE_integer("rounds", rounds, "Turns of each.", lower_bound=1)
-    flags.DEFINE_bool("write", False, "Put the table into docs/performance.md, with its JSON.")
+def define_flags(rounds=None, with_peer=False):
+    """The flags that the benchmarks share. Args: rounds: how many by default, None for no turns."""
+    if rounds:
+        flags.DEFINE_integer("rounds", rounds, "Turns of each.", lower_bound=1)
+    flags.DEFINE_bool("write", False, "Put the table into its page below docs/, with its JSON.")
     if with_peer:
         flags.DEFINE_string(
             "peer_python", None, "Interpreter with torch, torchvision and lightly, to compare with."
@@ -93,7 +93,7 @@ class Worker:
         reason = "see above"
         if self.errors:
             self.errors.seek(0)
-            reason = f"{_last_line(self.errors.read())} (BENCHMARK_DEBUG=1 shows all)"
+            reason = f"{last_line(self.errors.read())} (BENCHMARK_DEBUG=1 shows all)"
         raise SystemExit(f"error: {self.name} failed: {reason}")
 
     def close(self):
@@ -209,14 +209,15 @@ def peer_python():
     except OSError as error:
         reason = error.strerror
     except subprocess.CalledProcessError as error:
-        reason = _last_line(error.stderr)
+        reason = last_line(error.stderr)
     if FLAGS.peer_python:
         raise SystemExit(f"error: --peer_python={python}: {reason}")
     print(f"byol_tf alone is measured: {reason}")
     return None
 
 
-def _last_line(text):
+def last_line(text):
+    """What a program said last, where there is more than the reader needs."""
     return (text.strip().splitlines() or ["no message"])[-1]
 
 
@@ -252,23 +253,42 @@ def report(name, title, unit, parts, peer_python=None):
       parts: dict from what was done to rows, of `summary`.
       peer_python: interpreter of the peer, whose versions are noted.
     """
-    versions = versions_of("tensorflow", "numpy")
-    if peer_python:
-        versions |= versions_of("torch", "torchvision", "lightly", python=peer_python)
     record = {
-        "command": " ".join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]),
-        "cpu": cpu(),
-        "python": platform.python_version(),
-        "versions": versions,
+        **origin(name, peer_python),
         "title": title,
         "unit": unit,
         "results": parts,
     }
-    print(table(record))
+    publish(PAGE, name, record, table(record))
+
+
+def origin(name, peer_python=None):
+    """Where the figures of a benchmark come from: a dict of the command, processor and versions."""
+    versions = versions_of("tensorflow", "numpy")
+    if peer_python:
+        versions |= versions_of("torch", "torchvision", "lightly", python=peer_python)
+    return {
+        "command": " ".join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]),
+        "cpu": cpu(),
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def publish(page, name, record, table):
+    """Prints a table; --write puts it into its place in a page, its record into JSON.
+
+    Args:
+      page: path of the Markdown; the JSON is in a folder of the same name beside it.
+      name: of the benchmark.
+      record: a dict, `origin` included. table: its Markdown.
+    """
+    print(table)
     if FLAGS.write:
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
-        _insert(name, table(record))
+        folder = page.with_suffix("")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
+        _insert(page, name, table)
 
 
 def table(record):
@@ -290,15 +310,18 @@ def table(record):
                 f"| {part}: {who} | {row['median']:.4g} | {row['lowest']:.4g} to "
                 f"{row['highest']:.4g} | {ratio} | {peak} |"
             )
+    return "\n".join([*lines, "", footer(record)])
+
+
+def footer(record):
+    """The line below a table that says where its figures come from."""
     stack = ", ".join(f"{package} {version}" for package, version in record["versions"].items())
-    lines += ["", f"`{record['command']}` on {record['cpu']}; {stack}."]
-    return "\n".join(lines)
+    return f"`{record['command']}` on {record['cpu']}; {stack}."
 
 
-def _insert(name, table):
+def _insert(page, name, table):
     """Replaces what stands between this benchmark's two marks in the page."""
     begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-    page = PAGE.read_text()
-    before, _, rest = page.partition(begin)
+    before, _, rest = page.read_text().partition(begin)
     _, _, after = rest.partition(end)
-    PAGE.write_text(f"{before}{begin}\n{table}\n{end}{after}")
+    page.write_text(f"{before}{begin}\n{table}\n{end}{after}")

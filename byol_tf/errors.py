@@ -1,4 +1,4 @@
-"""The error that a user can mend, and how those of others are told in one line."""
+"""The error that a user can mend, the end by SIGTERM, and errors of others told in one line."""
 
 import re
 
@@ -14,6 +14,10 @@ _PLACES = re.compile(
 
 class UserError(ValueError):
     """What was given cannot be used. The message is one line that says what and the mend."""
+
+
+class Preempted(BaseException):
+    """SIGTERM ends the run. Like an interrupt it is no error, which others would catch."""
 
 
 def one_line(text):

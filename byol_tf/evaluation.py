@@ -43,6 +43,17 @@ def extract_features(encoder, source, *, image_size, batch_size=256):
 
     Returns: `Features` with D the encoder's output size.
     """
+    return feature_extractor(encoder, source, image_size=image_size, batch_size=batch_size)()
+
+
+def feature_extractor(encoder, source, *, image_size, batch_size=256):
+    """`extract_features` for whoever needs it again and again, of an encoder that learns.
+
+    Its graphs are made once: those that nobody needs any more are cycles of 5 MB, which Python's
+    collector finds too late, if at all.
+
+    Returns: function without arguments to the `Features` of the encoder as it is by then.
+    """
 
     shape = [None, image_size, image_size, source.channels]
 
@@ -51,7 +62,8 @@ def extract_features(encoder, source, *, image_size, batch_size=256):
     def embed(images):
         return encoder(augment.normalize(images), training=False)
 
-    return _collect(source, image_size, batch_size, embed)
+    batches = views.eval_batches(source, image_size=image_size, batch_size=batch_size)
+    return lambda: _collect(batches, embed)
 
 
 def raw_pixels(source, *, image_size):
@@ -60,12 +72,12 @@ def raw_pixels(source, *, image_size):
     def flatten(images):
         return augment.normalize(images).numpy().reshape(len(images), -1)
 
-    return _collect(source, image_size, 256, flatten)
+    return _collect(views.eval_batches(source, image_size=image_size), flatten)
 
 
-def _collect(source, image_size, batch_size, vectors_of):
+def _collect(batches, vectors_of):
     vectors, labels, names = [], [], []
-    for batch in views.eval_batches(source, image_size=image_size, batch_size=batch_size):
+    for batch in batches:
         vectors.append(np.asarray(vectors_of(batch["image"]), np.float32))
         labels.append(batch["label"].numpy())
         names += [name.decode(errors="replace") for name in batch["name"].numpy()]
@@ -141,6 +153,41 @@ def linear_probe_accuracy(train, test, *, seed=0):
 
     best = max(_PROBE_STRENGTHS, key=held_out_accuracy)
     return float(fit(order, best).score(test_vectors, test.labels))
+
+
+def top_k_accuracies(classify, source, *, image_size, batch_size=256):
+    """Top-1 and top-5 accuracy on the labelled images of a source, centre-cropped.
+
+    Args:
+      classify: function from normalised images [B, S, S, C] to logits [B, ..., classes].
+      source: a `byol_tf.data.source.Source`.
+      image_size: S, in pixels.
+      batch_size: images at a time.
+
+    Returns: float64 [2, ...]: top-1, and top-5, which of fewer classes takes all. Logits that are
+      not finite are wrong, so that what has diverged has accuracy 0.
+    """
+
+    @tf.function(
+        input_signature=[
+            tf.TensorSpec([None, image_size, image_size, source.channels], tf.uint8),
+            tf.TensorSpec([None], tf.int64),
+        ]
+    )
+    def count_correct(images, labels):
+        logits = classify(augment.normalize(images))
+        best = tf.math.top_k(logits, min(5, logits.shape[-1])).indices
+        labels = tf.reshape(labels, [-1] + [1] * (len(logits.shape) - 1))
+        hits = tf.equal(tf.cast(best, tf.int64), labels)
+        hits &= tf.reduce_all(tf.math.is_finite(logits), -1, keepdims=True)
+        correct = tf.stack([hits[..., 0], tf.reduce_any(hits, -1)])
+        return tf.reduce_sum(tf.cast(correct, tf.int64), 1)
+
+    correct, labelled = 0, 0
+    for batch in views.eval_batches(source, image_size=image_size, batch_size=batch_size):
+        correct += count_correct(batch["image"], batch["label"]).numpy()
+        labelled += np.sum(batch["label"].numpy() >= 0)
+    return correct / labelled
 
 
 def _unit(vectors):

@@ -10,6 +10,7 @@ from absl import logging
 
 from byol_tf import distribution
 from byol_tf.checkpoints import writing
+from byol_tf.errors import Preempted
 from byol_tf.keras_api import keras
 from byol_tf.workdir import write_text
 
@@ -19,10 +20,6 @@ COLLAPSED_STD = 0.05
 
 class TrainingDiverged(RuntimeError):
     """The loss or a weight is no longer a finite number."""
-
-
-class Preempted(Exception):
-    """SIGTERM ended the run after a step, whose checkpoint is written."""
 
 
 def train(model, batches_from, *, steps_per_epoch, epochs, max_steps, callbacks, verbose):
@@ -109,6 +106,8 @@ class Checkpoints(keras.callbacks.Callback):
 class StopOnSigterm(keras.callbacks.Callback):
     """Ends the fit after the step in which SIGTERM came, to this process or to any worker.
 
+    The last of the callbacks, so that none of it cuts short a checkpoint of theirs.
+
     Args: strategy: of `distribution.make_strategy`; its workers agree on the step.
     """
 
@@ -118,6 +117,7 @@ class StopOnSigterm(keras.callbacks.Callback):
         super().__init__()
         self.strategy = strategy
         self._signalled = False
+        self._before = signal.getsignal(signal.SIGTERM)
 
     def on_train_begin(self, logs=None):
         self._before = signal.signal(signal.SIGTERM, self._on_signal)
@@ -127,10 +127,28 @@ class StopOnSigterm(keras.callbacks.Callback):
             self.model.stop_training = True
 
     def on_train_end(self, logs=None):
-        signal.signal(signal.SIGTERM, self._before)
+        self.on_train_batch_end(None)  # it may have come since the last step
+        if not self._signalled:
+            signal.signal(signal.SIGTERM, self._before)
+
+    @contextlib.contextmanager
+    def at_once(self):
+        """Inside, where a checkpoint is there and long work begins, SIGTERM awaits no step.
+
+        But where workers have to agree on the step.
+        """
+        if distribution.num_workers(self.strategy) > 1:
+            yield
+            return
+        if self._signalled:
+            raise Preempted("stopped by SIGTERM")
+        awaiting = signal.signal(signal.SIGTERM, self._before)
+        yield
+        signal.signal(signal.SIGTERM, awaiting)
 
     def _on_signal(self, number, frame):
         self._signalled = True
+        signal.signal(number, signal.SIG_IGN)  # the run ends: a second one has nothing to add
 
 
 class Watch(keras.callbacks.Callback):

@@ -24,6 +24,7 @@ _FREE_FLAGS = {
     *("checkpoint", "num_classes", "keep_step"),
     *("eval_split", "embed_split", "embeddings_file", "baselines"),
     *("strategy", "logical_cpus", "augment_on", "deterministic", "intra_op_threads"),
+    *(flag.name for flag in FLAGS.get_flags_for_module(config.evaluation.__name__)),
 }
 
 

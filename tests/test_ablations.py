@@ -268,6 +268,7 @@ def test_augmentation_sets():
         "no_color": [(0.5, 0.0, 0.0, 1.0, 0.0), (0.5, 0.0, 0.0, 0.1, 0.2)],
         "crop_blur": [(0.0, 0.0, 0.0, 1.0, 0.0), (0.0, 0.0, 0.0, 0.1, 0.0)],
         "crop": [(0.0, 0.0, 0.0, 0.0, 0.0)] * 2,
+        "crop_flip": [(0.5, 0.0, 0.0, 0.0, 0.0)] * 2,
     }
     assert set(augment.AUGMENTATIONS) == set(expected)
     for name, views in augment.AUGMENTATIONS.items():

@@ -1,13 +1,15 @@
 """The benchmarks run, and write what they measured; how fast is not tested here."""
 
 import json
+import re
 import subprocess
 import sys
 import types
 
+import numpy as np
 import pytest
 
-from benchmarks import measure, worker
+from benchmarks import measure, soak, worker
 
 STEP = {"encoder": "resnet18", "stem": "small", "image_size": 8, "batch_size": 2, "steps": 1}
 PIPELINE = {"image_size": 16, "batch_size": 4, "batches": 2}
@@ -57,6 +59,7 @@ def test_memory_of_children_counts():
             ["embed", "--photos=.", "--peer_python=/nowhere"],
             "error: --peer_python=/nowhere: No such",
         ),
+        (["soak", "--extra=--encoder=vgg"], "error: main.py ended with code 1: error: flag --enc"),
         (["input_pipeline", "--photos=.", "--cifar10=/nowhere"], "error: --cifar10=/nowhere: no"),
     ],
 )
@@ -71,7 +74,6 @@ def test_wrong_arguments_are_one_line(command, said):
 @pytest.mark.parametrize("write", [True, False])
 def test_figures_are_written_if_asked_for(tmp_path, monkeypatch, capsys, write):
     monkeypatch.setattr(measure, "FLAGS", types.SimpleNamespace(write=write))
-    monkeypatch.setattr(measure, "RESULTS", tmp_path)
     monkeypatch.setattr(measure, "PAGE", tmp_path / "page.md")
     monkeypatch.setattr(sys, "argv", ["x", "--rounds=2"])
     before = "before\n<!-- speed -->\nold\n<!-- end of speed -->\nafter\n"
@@ -87,15 +89,61 @@ def test_figures_are_written_if_asked_for(tmp_path, monkeypatch, capsys, write):
     printed, page = capsys.readouterr().out, measure.PAGE.read_text()
     assert "| ratio to theirs |" in printed and "| short: ours | 5 | 4 to 6 | 2.50 | 5 |" in printed
     if not write:
-        assert page == before and not (tmp_path / "speed.json").exists()
+        assert page == before and not (tmp_path / "page" / "speed.json").exists()
         return
     assert page == before.replace("old\n", printed)
-    record = json.loads((tmp_path / "speed.json").read_text())
+    record = json.loads((tmp_path / "page" / "speed.json").read_text())
     assert record["results"]["short"]["theirs"]["median"] == 2.0
     assert record["command"] == "python -m benchmarks.speed --rounds=2"
 
 
-def test_the_page_has_the_tables_of_the_json_files():
-    page = measure.PAGE.read_text()
-    for path in measure.RESULTS.glob("*.json"):
-        assert measure.table(json.loads(path.read_text())) in page, path.name
+@pytest.mark.parametrize(
+    ("page", "table"), [(measure.PAGE, measure.table), (soak.PAGE, soak.table)]
+)
+def test_the_page_has_the_tables_of_the_json_files(page, table):
+    for path in page.with_suffix("").glob("*.json"):
+        assert table(json.loads(path.read_text())) in page.read_text(), path.name
+
+
+def test_what_a_soak_tells():
+    """An hour in which memory grows by 40 MB, and every step takes twice as long from half on."""
+    seconds = np.arange(0.0, 3601, 5)
+    steps = np.where(seconds <= 1800, 10 * seconds, 9000 + 5 * seconds)
+    noise = np.random.default_rng(0).normal(0, 1, len(seconds))
+    memory = 500 + 40 * seconds / 3600 + noise
+    found = soak.figures(np.stack([seconds, steps, 1.5 * seconds, memory], axis=1).tolist())
+    assert found["minutes"] == 60 and len(found["memory_mb"]["parts"]) == 60
+    error = found["memory_mb"]["standard_error"]
+    assert error == pytest.approx(12**0.5 * noise.std() / len(seconds) ** 0.5, rel=0.3)
+    assert abs(found["memory_mb"]["slope_per_hour"] - 40) < 4 * error
+    first, last = found["first_quarter"], found["last_quarter"]
+    assert (first["steps_per_second"], last["steps_per_second"]) == (10, 5)
+    assert (first["cpu_seconds_per_step"], last["cpu_seconds_per_step"]) == (0.15, 0.3)
+    assert last["memory_mb"] - first["memory_mb"] == pytest.approx(30, abs=0.5)
+    counts = {"steps": 27000, "epochs": 9, "checkpoints": 8, "knn_measurements": 7}
+    origin = {"command": "x", "cpu": "y", "versions": {}}
+    table = soak.table({**origin, **found, "whole_run": counts})
+    assert "| CPU seconds a step | 0.15 | 0.3 | +100.0 % |" in table
+    assert "27,000 steps, 9 epochs, 8 checkpoints, 7 measurements of k-NN" in table
+
+
+@pytest.mark.slow
+def test_a_soak_of_seconds():
+    """Of two epochs at least; SIGTERM is obeyed."""
+    extra = ["--train_split=train[:64]", "--eval_split=test[:32]", "--width_multiplier=0.05"]
+    extra += ["--batch_size=32", "--image_size=8", "--log_every=1"]
+    extra += ["--knn_every=2", "--checkpoint_every=1"]
+    run = subprocess.run(
+        [sys.executable, "-m", "benchmarks.soak", "--minutes=0.1", "--warm_up=0", "--every=0.5"]
+        + [f"--extra={','.join(extra)}"],
+        **{"cwd": measure.ROOT, "capture_output": True, "text": True},
+    )
+    assert run.returncode == 0, run.stderr
+    found = re.search(
+        r"([\d,]+) steps, ([\d,]+) epochs, (\d+) checkpoints, (\d+) measurements of k-NN; "
+        "ended by SIGTERM with exit code 75",
+        run.stdout,
+    )
+    steps, epochs, checkpoints, measured = (int(n.replace(",", "")) for n in found.groups())
+    assert steps // 2 - 1 <= epochs <= steps // 2 + 1 and measured == epochs // 2 > 0
+    assert checkpoints >= 2

@@ -27,7 +27,7 @@ def results():
     return {
         name: [
             {
-                "linear_top1": accuracy,
+                "probe_top1": accuracy,
                 "knn_top1": accuracy / 2,
                 "projection_std": spread,
                 "effective_rank": 3.0,

@@ -104,7 +104,7 @@ def test_default_tasks(finished):
     assert re.fullmatch("[0-9a-f]{64}", found["weights_sha256"])
     assert found["images_per_second"] > 0
     assert found["versions"]["tensorflow"] == tf.__version__
-    accuracies = {"knn_top1", "knn200_top1", "linear_top1"}
+    accuracies = {"knn_top1", "knn200_top1", "probe_top1"}
     for figures in (found, found["random_init"], found["raw_pixels"]):
         assert accuracies <= set(figures)
         assert all(0 <= figures[name] <= 1 for name in accuracies)
@@ -162,7 +162,7 @@ def test_later_tasks(main, finished, images, tmp_path):
     for name in ("knn_top1", "knn200_top1"):
         for part in (lambda r: r, lambda r: r["random_init"], lambda r: r["raw_pixels"]):
             assert part(found)[name] == part(before)[name]
-    assert "linear_top1" not in found
+    assert "probe_top1" not in found
     assert "8 embeddings written to" in stdout
     written = np.load(workdir / "embeddings.npz")
     assert written["embedding"].shape == (8, 25)
@@ -176,11 +176,96 @@ def test_later_tasks(main, finished, images, tmp_path):
     )
 
 
+LEARNING_TASKS = """
+--task=finetune,linear_eval
+--linear_epochs=40
+--linear_batch_size=9
+--linear_learning_rates=2,0.4
+--finetune_epochs=1,2
+--finetune_learning_rates=0.1,0.01
+--finetune_batch_size=8
+""".split()
+
+
+def test_tasks_that_learn(main, finished, tmp_path):
+    """Of 20 blue and red images 2 are held out; half of the 20 labels are 10."""
+    workdir = tmp_path / "run"
+    shutil.copytree(finished[0], workdir)
+    before = results(workdir)
+    percents = "--finetune_percents=50,100"
+    stdout, stderr = succeed(main(f"--workdir={workdir}", *LEARNING_TASKS, percents))
+    found = results(workdir)
+    assert found["linear_top1"] == found["linear_top5"] == 1.0
+    assert "linear_top1" in stdout and "Epoch 40/40" in stdout and "loss_at_0.4" in stdout
+    linear = found["linear_eval"]
+    assert (linear["images"], linear["held_out_images"]) == (18, 2)
+    assert linear["learning_rate"] in (2, 0.4) and set(linear["held_out_top1"]) == {"2", "0.4"}
+    assert {name: part["images"] for name, part in found["finetune"].items()} == {
+        "50%": 10,
+        "100%": 18,
+    }
+    for part in found["finetune"].values():
+        assert {key: len(rates) for key, rates in part["held_out_top1"].items()} == {"1": 2, "2": 2}
+        assert 0 <= part["top1"] <= part["top5"] == 1.0
+    assert found["weights_sha256"] == before["weights_sha256"]
+    # Other settings are no other run, and more training makes the figures those of other weights.
+    tuned = f"--workdir={workdir}", "--linear_epochs=3", "--use_checkpoint=last"
+    succeed(main(*tuned, "--task=pretrain"))
+    assert results(workdir)["finetune"] == found["finetune"]
+
+
+def test_fine_tuning_on_a_named_subset(main, tmp_path):
+    """Its images are not held out, though --dataset has them too; other classes are refused."""
+    import tensorflow_datasets as tfds
+
+    def prepare(name, places, labels=("even", "odd")):
+        rng = np.random.default_rng(0)
+        examples = [
+            {"image": rng.integers(0, 256, (12, 12, 3), np.uint8), "label": i % 2}
+            for i in range(30)
+        ]
+        features = tfds.features.FeaturesDict(
+            {
+                "image": tfds.features.Image(shape=(12, 12, 3), encoding_format="png"),
+                "label": tfds.features.ClassLabel(names=labels),
+            }
+        )
+        tfds.dataset_builders.store_as_tfds_dataset(
+            name=name,
+            version="1.0.0",
+            config="part" if "subset" in name else None,
+            features=features,
+            split_datasets={"train": [examples[i] for i in places], "test": examples[20:]},
+            data_dir=tmp_path,
+            disable_shuffling=True,
+        )
+
+    prepare("tiny", range(20))
+    prepare("tiny_subset", range(14))
+    prepare("all_subset", range(20))
+    prepare("other_subset", range(14), labels=("a", "b"))
+    workdir = tmp_path / "run"
+    flags = [*TINY, "--dataset=tiny", f"--data_dir={tmp_path}", f"--workdir={workdir}"]
+    succeed(main(*flags, "--task=pretrain", "--max_steps=1"))
+    settings = [f"--workdir={workdir}", *LEARNING_TASKS, "--task=finetune"]
+    succeed(main(*settings, "--finetune_dataset=tiny_subset/part"))
+    (name, found) = results(workdir)["finetune"].popitem()
+    assert name == "tiny_subset/part"
+    # One of the other six.
+    assert (found["images"], found["held_out_images"]) == (14, 1)
+    line = error_of(main(*settings, "--finetune_dataset=other_subset/part"))
+    assert "--finetune_dataset=other_subset/part: its classes are not" in line
+    line = error_of(main(*settings, "--finetune_dataset=all_subset/part"))
+    assert "none is left to choose" in line
+
+
 def test_without_labels(main, flat, tmp_path):
     flags = [*TINY, f"--data_dir={flat}", f"--workdir={tmp_path}", "--max_steps=1"]
-    _, stderr = succeed(main(*flags))
+    tasks = "--task=pretrain,knn,linear_probe,linear_eval,finetune,export"
+    _, stderr = succeed(main(*flags, tasks))
     assert "skipped knn_top1 and knn200_top1" in stderr and "has no labels" in stderr
-    assert "skipped linear_top1" in stderr
+    for what in ("probe_top1", "linear_eval", "finetune"):
+        assert f"skipped {what}" in stderr
     found = results(tmp_path)
     assert found["steps"] == 1 and "knn_top1" not in found
     assert (tmp_path / "saved_model" / "saved_model.pb").exists()
@@ -237,7 +322,14 @@ def error_of(result):
         ("--encoder=vgg", ["--encoder=vgg", "resnet18"]),
         ("--base_target_ema=1.5", ["--base_target_ema=1.5"]),
         ("--base_learning_rate=nan", ["base_learning_rate", "must be a finite number"]),
-        ("--task=pretrain,evaluate", ["task", "choose from", "pretrain, knn, linear_eval, export"]),
+        (
+            "--task=pretrain,evaluate",
+            ["task", "choose from", "pretrain, knn, linear_probe, linear_eval"],
+        ),
+        ("--linear_learning_rates=0.1,x", ["linear_learning_rates", "x"]),
+        ("--linear_learning_rates=0.1,nan", ["linear_learning_rates", "finite numbers above 0"]),
+        ("--finetune_epochs=1.5", ["finetune_epochs", "1.5"]),
+        ("--finetune_percents=10,101", ["finetune_percents", "at most 100"]),
         ("--embeddings_file=a.csv", ["embeddings_file", ".npz or .parquet"]),
         ("--flagfile=/no/such/file", ["/no/such/file"]),
     ],
@@ -295,7 +387,7 @@ def test_a_workdir_in_the_home(main, images):
 def test_help(main):
     stdout, stderr = succeed(main("--help"))
     headings = re.findall(r"^byol_tf\.config\.(\w+):$", stdout, re.MULTILINE)
-    assert headings == ["run", "data", "model", "optimization", "devices"]
+    assert headings == ["run", "data", "model", "optimization", "evaluation", "devices"]
     for name, default in {
         "encoder": "resnet50",
         "image_size": "224",

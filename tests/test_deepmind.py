@@ -250,11 +250,11 @@ def test_command_line(tmp_path, reference_classes):
     assert "--encoder=resnet18" in (workdir / "flags.txt").read_text()
     data = "--dataset=image_folder", f"--data_dir={folder_of_images(tmp_path)}", "--image_size=32"
     splits = "--train_split=train", "--eval_split=train"
-    done = run_main(workdir, "--task=knn,linear_eval,export", *data, *splits)
+    done = run_main(workdir, "--task=knn,linear_probe,export", *data, *splits)
     assert done.returncode == 0, done.stderr
     assert (workdir / "saved_model").is_dir()
     results = json.loads((workdir / "results.json").read_text())
-    assert {"knn_top1", "linear_top1"} <= results.keys()
+    assert {"knn_top1", "probe_top1"} <= results.keys()
     rate_zero = "--batch_size=8", "--epochs=1", "--base_learning_rate=0"
     done = run_main(workdir, "--task=pretrain", *rate_zero, *data, *splits)
     assert done.returncode == 0, done.stderr

@@ -144,6 +144,22 @@ def test_extract_features(make_source, tiny_encoder):
     assert np.abs(in_training - expected).max() > 0.1
 
 
+def test_features_again_and_again(make_source, tiny_encoder, monkeypatch):
+    """Of the weights of now, by the graphs of the first time."""
+    encoder, source, traced = tiny_encoder(), make_source(10), []
+    normalize = augment.normalize
+    monkeypatch.setattr(augment, "normalize", lambda x: traced.append(1) or normalize(x))
+    extract = evaluation.feature_extractor(encoder, source, image_size=16, batch_size=5)
+    before = extract().vectors
+    monkeypatch.setattr(views, "eval_batches", None)
+    encoder.set_weights([2 * weight for weight in encoder.get_weights()])
+    after = extract().vectors
+    assert np.abs(after - before).max() > 0.1 and len(traced) == 1
+    monkeypatch.undo()
+    again = evaluation.extract_features(encoder, source, image_size=16, batch_size=5)
+    np.testing.assert_array_equal(after, again.vectors)
+
+
 def test_features_without_labels(make_source, tiny_encoder):
     found = evaluation.extract_features(tiny_encoder(), make_source(3, labels=False), image_size=16)
     assert found.labels.tolist() == [-1] * 3

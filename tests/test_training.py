@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import signal
 import time
 
 import numpy as np
@@ -10,6 +12,7 @@ import tensorflow as tf
 
 import byol_tf
 from byol_tf import checkpoints, training
+from byol_tf.errors import Preempted
 from byol_tf.keras_api import keras
 
 
@@ -218,6 +221,57 @@ def test_train_takes_the_rest(model, start):
     assert int(model.optimizer.iterations) == 7
     assert asked == [start, 4]
     assert epochs == [0, 1]
+
+
+@pytest.fixture
+def stop():
+    """A `StopOnSigterm` where SIGTERM raises `Preempted`, as in main.py."""
+
+    def end(number, frame):
+        raise Preempted
+
+    before = signal.signal(signal.SIGTERM, end)
+    yield training.StopOnSigterm(tf.distribute.get_strategy())
+    signal.signal(signal.SIGTERM, before)
+
+
+def terminate(*_):
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize(("event", "steps"), [("on_train_batch_end", 1), ("on_train_end", 8)])
+def test_sigterm_cuts_nothing_short(model, manager, stop, event, steps):
+    """Not what other callbacks do with the last checkpoint either."""
+    saved = []
+
+    def save(*_):
+        terminate()
+        terminate()
+        saved.append(int(model.optimizer.iterations))
+
+    fit(model, keras.callbacks.LambdaCallback(**{event: save}), stop)
+    assert model.stop_training and saved == [steps]
+
+
+def test_sigterm_awaits_no_measurement(model, manager, watch, stop):
+    """It ends with the checkpoint that was to be measured; also if it came in its writing."""
+    saves = training.Checkpoints(manager, every=1)
+    measure = stop.at_once()(terminate)
+    best = checkpoints.KeepBest(manager, saves.save, measure, 4, watch)
+    with pytest.raises(Preempted):
+        fit(model, watch, saves, best, stop)
+    assert manager.latest_checkpoint.endswith("-4")
+    late = keras.callbacks.LambdaCallback(on_epoch_end=terminate)
+    measure = stop.at_once()(lambda path: pytest.fail("measured"))
+    best = checkpoints.KeepBest(manager, saves.save, measure, 8, watch)
+    with pytest.raises(Preempted):
+        fit(model, watch, late, best, stop)
+
+
+def test_sigterm_is_no_longer_awaited_after_a_fit(model, stop):
+    before = signal.getsignal(signal.SIGTERM)
+    fit(model, stop)
+    assert not model.stop_training and signal.getsignal(signal.SIGTERM) is before
 
 
 def test_target_update_must_know_its_steps(model):

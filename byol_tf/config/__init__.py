@@ -4,9 +4,9 @@ import math
 
 from absl import flags
 
-from byol_tf.config import data, devices, model, optimization, run
+from byol_tf.config import data, devices, evaluation, model, optimization, run
 
-MODULES = (run, data, model, optimization, devices)
+MODULES = (run, data, model, optimization, evaluation, devices)
 
 
 def _fits_int32(number):

@@ -31,7 +31,7 @@ flags.DEFINE_float(
 flags.DEFINE_enum(
     "augmentation",
     "paper",
-    ("paper", "no_grayscale", "no_color", "crop_blur", "crop"),
+    ("paper", "no_grayscale", "no_color", "crop_blur", "crop", "crop_flip"),
     "What is done to a view beside the crop; the other sets are those of figure 3b, of which "
     "crop and crop_blur do not flip either.",
 )

@@ -2,11 +2,14 @@
 
 from absl import flags
 
-TASKS = ("import_deepmind", "pretrain", "knn", "linear_eval", "export", "embed")
+TASKS = (
+    *("import_deepmind", "pretrain", "knn", "linear_probe", "linear_eval", "finetune"),
+    *("export", "embed"),
+)
 
 flags.DEFINE_list(
     "task",
-    ["pretrain", "knn", "linear_eval", "export"],
+    ["pretrain", "knn", "linear_probe", "export"],
     f"What to do, in this order: a comma list of {', '.join(TASKS)}.",
 )
 flags.DEFINE_string(

@@ -1,4 +1,4 @@
-"""From a source to what the networks see: two augmented views, or one plain view.
+"""From a source to what the networks see: augmented views, or one plain view.
 
 The data's way: source (encoded images) -> crop and resize (uint8) -> photometric
 augmentation (float32), the last on the host or on the accelerator.
@@ -50,6 +50,7 @@ def pretrain_batches(
     augment_on="host",
     min_crop_area=crop.AREA_RANGE[0],
     augmentation="paper",
+    num_views=2,
     worker=0,
     num_workers=1,
 ):
@@ -70,6 +71,7 @@ def pretrain_batches(
         `augment_batch` finishes inside the step.
       min_crop_area: the smallest part of an image's area that a view shows.
       augmentation: one of `augment.AUGMENTATIONS`, for "host".
+      num_views: 2, or 1 for "view1" alone.
       worker, num_workers: of every global batch give the part of this one of so many workers,
         in the order of the workers; the rest is neither decoded nor augmented.
 
@@ -107,8 +109,8 @@ def pretrain_batches(
     first = worker * part
 
     def draws_of_step(step):
-        """All random numbers of both views of a batch: float32 [B, 2, _DRAWS] in [0, 1)."""
-        draws = tf.random.stateless_uniform([batch_size, 2, _DRAWS], [seed, step])
+        """All random numbers of a batch: float32 [B, num_views, _DRAWS] in [0, 1)."""
+        draws = tf.random.stateless_uniform([batch_size, num_views, _DRAWS], [seed, step])
         return draws[first : first + part]
 
     draws = tf.data.Dataset.range(start_step, epochs * per_epoch).map(draws_of_step)
@@ -145,19 +147,19 @@ def pretrain_batches(
 
 
 def augment_batch(batch, augmentation="paper"):
-    """Finishes the two cropped views of a batch (paper, appendix B).
+    """Finishes the cropped views of a batch (paper, appendix B).
 
     Args:
       batch: from `pretrain_batches` for the accelerator: "view1" and "view2", uint8
         [B, S, S, C], "draws1" and "draws2", float32 [B, NUM_DRAWS], and maybe "label".
       augmentation: one of `augment.AUGMENTATIONS`.
 
-    Returns: a dict of "view1" and "view2", float32 [B, S, S, C], and the label.
+    Returns: a dict of the views that there are, float32 [B, S, S, C], and the label.
     """
-    view1, view2 = augment.AUGMENTATIONS[augmentation]
     views = {
-        "view1": augment.augment(batch["view1"], batch["draws1"], view1),
-        "view2": augment.augment(batch["view2"], batch["draws2"], view2),
+        f"view{i}": augment.augment(batch[f"view{i}"], batch[f"draws{i}"], view)
+        for i, view in enumerate(augment.AUGMENTATIONS[augmentation], 1)
+        if f"view{i}" in batch
     }
     return {**views, **({"label": batch["label"]} if "label" in batch else {})}
 
@@ -211,10 +213,10 @@ def _decoded(source):
 
 
 def _crop_batch(batch, draws, image_size, area_range):
-    """Two crops of every decoded image of a batch, in a few matmuls."""
+    """The crops of every decoded image of a batch, in a few matmuls."""
     images = batch["image"]
     cropped = {"label": batch["label"]}
-    for i in range(2):
+    for i in range(draws.shape[1]):
         heights = tf.fill([tf.shape(images)[0]], images.shape[1])
         widths = tf.fill([tf.shape(images)[0]], images.shape[2])
         boxes = crop.random_crop_boxes(heights, widths, draws[:, i, : crop.NUM_DRAWS], area_range)
@@ -224,17 +226,17 @@ def _crop_batch(batch, draws, image_size, area_range):
 
 
 def _crop_encoded(source, record, draws, image_size, area_range):
-    """Two crops of one encoded image, of which as much is decoded, once, as both need."""
+    """The crops of one encoded image, of which as much is decoded, once, as all need."""
     example = source.example(record)
+    num_views = draws.shape[0]
     height, width = tf.unstack(decode.image_size(example["image"]))
-    boxes = crop.random_crop_boxes(
-        tf.fill([2], height), tf.fill([2], width), draws[:, : crop.NUM_DRAWS], area_range
-    )
-    both = crop.enclosing_box(boxes)
-    pixels = decode.decode_and_crop(example["image"], both, source.channels)
+    heights, widths = tf.fill([num_views], height), tf.fill([num_views], width)
+    boxes = crop.random_crop_boxes(heights, widths, draws[:, : crop.NUM_DRAWS], area_range)
+    enclosing = crop.enclosing_box(boxes)
+    pixels = decode.decode_and_crop(example["image"], enclosing, source.channels)
     cropped = {"label": example["label"]}
-    for i in range(2):
-        view = crop.resize(crop.cut(pixels, boxes[i], both[:2]), image_size)
+    for i in range(num_views):
+        view = crop.resize(crop.cut(pixels, boxes[i], enclosing[:2]), image_size)
         cropped[f"view{i + 1}"] = tf.ensure_shape(view, [image_size, image_size, source.channels])
         cropped[f"draws{i + 1}"] = draws[i, crop.NUM_DRAWS :]
     return cropped

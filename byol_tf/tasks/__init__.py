@@ -17,10 +17,13 @@ TASKS = {
     "import_deepmind": pretrain.import_deepmind,
     "pretrain": pretrain.pretrain,
     "knn": evaluate.knn,
+    "linear_probe": evaluate.linear_probe,
     "linear_eval": evaluate.linear_eval,
+    "finetune": evaluate.finetune,
     "export": export.export,
     "embed": export.embed,
 }
+_JUDGED = ("knn", "linear_probe", "linear_eval", "finetune")  # on --eval_split
 _TRAINING = ("import_deepmind", "pretrain")  # the others take an encoder that is there
 
 
@@ -66,7 +69,7 @@ def _faults_of_images(task):
         if "IteratorGetNext" not in error.message:  # not from the input pipeline
             raise
         logging.info("looking for what cannot be read: %s", reason(error))
-        faults = (run.source(split).find_fault() for split in _splits([task]))
+        faults = (run.source(*which).find_fault() for which in _sources([task]))
         fault = next(filter(None, faults), f"--dataset={FLAGS.dataset}: {reason(error)}")
         raise UserError(f"{fault}. The same command goes on from the last checkpoint.") from error
 
@@ -77,11 +80,13 @@ def _check_inputs(tasks):
     Raises:
       UserError: if a split cannot be read or is empty, or the workdir cannot be written.
     """
-    for split in _splits(tasks):
+    for split, dataset in _sources(tasks):
         if split == FLAGS.eval_split and not run.source(FLAGS.train_split).class_names:
             continue  # nothing to evaluate: the tasks say so and go on
-        if not run.source(split).num_examples:
-            raise UserError(f"split {split!r} of --dataset={FLAGS.dataset} is empty.")
+        if not run.source(split, dataset).num_examples:
+            raise UserError(f"split {split!r} of --dataset={dataset} is empty.")
+    if "finetune" in tasks and FLAGS.finetune_dataset:
+        evaluate.check_classes()
     if "pretrain" in tasks:
         views.steps_per_epoch(run.source(FLAGS.train_split), FLAGS.batch_size)
         if FLAGS.warmup_epochs >= FLAGS.epochs:
@@ -90,7 +95,7 @@ def _check_inputs(tasks):
                 FLAGS.warmup_epochs,
                 FLAGS.epochs,
             )
-    measured = {"knn", "linear_eval"} & set(tasks) or ("pretrain" in tasks and FLAGS.knn_every)
+    measured = set(_JUDGED) & set(tasks) or ("pretrain" in tasks and FLAGS.knn_every)
     if measured and FLAGS.eval_split == FLAGS.train_split:
         logging.warning("--eval_split is --train_split: the accuracies are of images trained on.")
     _check_use_checkpoint(tasks)
@@ -111,15 +116,17 @@ def _check_use_checkpoint(tasks):
         run.manager().best_whole()
 
 
-def _splits(tasks):
-    """The splits that the tasks read, each once."""
+def _sources(tasks):
+    """What the tasks read, (split, data set), each once."""
     splits = {
         "pretrain": [FLAGS.train_split] + ([FLAGS.eval_split] if FLAGS.knn_every else []),
-        "knn": [FLAGS.train_split, FLAGS.eval_split],
-        "linear_eval": [FLAGS.train_split, FLAGS.eval_split],
+        **dict.fromkeys(_JUDGED, [FLAGS.train_split, FLAGS.eval_split]),
         "embed": [FLAGS.embed_split],
     }
-    return list(dict.fromkeys(split for task in tasks for split in splits.get(task, ())))
+    sources = [(split, FLAGS.dataset) for task in tasks for split in splits.get(task, ())]
+    if "finetune" in tasks and FLAGS.finetune_dataset:
+        sources += [(split, FLAGS.finetune_dataset) for split in splits["finetune"]]
+    return list(dict.fromkeys(sources))
 
 
 def only_our_notices():

@@ -2,9 +2,15 @@
 
 import functools
 
+import numpy as np
 from absl import flags, logging
 
 from byol_tf import checkpoints, evaluation, workdir
+from byol_tf.data import subset
+from byol_tf.errors import UserError
+from byol_tf.finetune import fine_tune
+from byol_tf.keras_api import keras
+from byol_tf.linear_eval import linear_evaluation
 from byol_tf.tasks import run
 
 FLAGS = flags.FLAGS
@@ -19,10 +25,139 @@ def knn():
     _evaluate(accuracies)
 
 
-def linear_eval():
+def linear_probe():
     """Evaluates by a linear probe; see `evaluation.linear_probe_accuracy`."""
     accuracy = functools.partial(evaluation.linear_probe_accuracy, seed=FLAGS.seed)
-    _evaluate({"linear_top1": accuracy})
+    _evaluate({"probe_top1": accuracy})
+
+
+def linear_eval():
+    """Evaluates by the paper's protocol; see `linear_eval.linear_evaluation`."""
+    source, test = run.source(FLAGS.train_split), run.source(FLAGS.eval_split)
+    if not _have_labels("linear_eval", source, test):
+        return
+    training, held_out = subset.hold_out(subset.read_labels(source), FLAGS.seed)
+    keras.utils.set_random_seed(FLAGS.seed)  # whatever was done before
+    with run.local_strategy().scope():
+        figures = linear_evaluation(
+            run.trained_encoder(),
+            subset.subset(source, training),
+            subset.subset(source, held_out),
+            test,
+            learning_rates=FLAGS.linear_learning_rates,
+            epochs=FLAGS.linear_epochs,
+            batch_size=FLAGS.linear_batch_size,
+            **_views(),
+        )
+    _print_figures(figures, "linear", f"rate {figures['learning_rate']:g}")
+    workdir.update_results(
+        FLAGS.workdir,
+        linear_top1=figures.pop("top1"),
+        linear_top5=figures.pop("top5"),
+        linear_eval={**figures, "images": len(training), "held_out_images": len(held_out)},
+        evaluated_step=checkpoints.step_of(run.chosen_checkpoint()),
+    )
+
+
+def finetune():
+    """Fine-tunes on a part of the labels, and on another; see `finetune.fine_tune`."""
+    test = run.source(FLAGS.eval_split, FLAGS.finetune_dataset)
+    if not _have_labels("finetune", run.source(FLAGS.train_split), test):
+        return
+    parts, held_out = _labelled_parts()
+    for name, part in parts.items():
+        logging.info("fine-tuning on %s: %d images", name, part.num_examples)
+        keras.utils.set_random_seed(FLAGS.seed)
+        with run.local_strategy().scope():
+            figures = fine_tune(
+                run.trained_encoder(),
+                part,
+                held_out,
+                test,
+                learning_rates=FLAGS.finetune_learning_rates,
+                epochs=FLAGS.finetune_epochs,
+                batch_size=FLAGS.finetune_batch_size,
+                classifier_rate=FLAGS.finetune_classifier_rate,
+                **_views(),
+            )
+        _print_figures(figures, "finetune", name)
+        counts = {"images": part.num_examples, "held_out_images": held_out.num_examples}
+        workdir.update_results(
+            FLAGS.workdir,
+            finetune={name: {**figures, **counts}},
+            evaluated_step=checkpoints.step_of(run.chosen_checkpoint()),
+        )
+
+
+def check_classes():
+    """Refuses a --finetune_dataset of other classes than --dataset, which chooses the rate."""
+    found, expected = (
+        run.source(FLAGS.train_split, dataset).class_names
+        for dataset in (FLAGS.finetune_dataset, FLAGS.dataset)
+    )
+    if found != expected:
+        raise UserError(
+            f"--finetune_dataset={FLAGS.finetune_dataset}: its classes are not those of "
+            f"--dataset={FLAGS.dataset}, whose images choose the learning rate: take a part of it."
+        )
+
+
+def _labelled_parts():
+    """The sources to learn from, by name, and that of the images to choose by.
+
+    These are of --train_split, and none of them is one to learn from. A percent is of the labels
+    that are there, those of the images to choose by included.
+    """
+    source = run.source(FLAGS.train_split)
+    labels = subset.read_labels(source)
+    if FLAGS.finetune_dataset:
+        part = run.source(FLAGS.train_split, FLAGS.finetune_dataset)
+        known = np.isin(subset.read_fingerprints(source), subset.read_fingerprints(part))
+        labels[known] = -1
+        if labels.max() < 0:
+            raise UserError(
+                f"--finetune_dataset={FLAGS.finetune_dataset}: all labelled images of "
+                f"--dataset={FLAGS.dataset} are in it, so that none is left to choose the learning "
+                "rate by: leave it out and give --finetune_percents=100."
+            )
+        _, held_out = subset.hold_out(labels, FLAGS.seed)
+        places = {FLAGS.finetune_dataset: np.flatnonzero(subset.read_labels(part) >= 0)}
+    else:
+        part = source
+        training, held_out = subset.hold_out(labels, FLAGS.seed)
+        one_percent = (len(training) + len(held_out)) / 100
+        labels[held_out] = -1
+        places = {
+            f"{percent:g}%": subset.stratified(
+                labels, max(1, round(percent * one_percent)), FLAGS.seed
+            )
+            for percent in FLAGS.finetune_percents
+        }
+    parts = {name: subset.subset(part, chosen) for name, chosen in places.items()}
+    return parts, subset.subset(source, held_out)
+
+
+def _have_labels(task, train, test):
+    """Whether there is something to learn from and to judge by; else warns."""
+    if train.class_names and test.class_names and subset.read_labels(test).max() >= 0:
+        return True
+    logging.warning("skipped %s: --dataset=%s has no labels", task, FLAGS.dataset)
+    return False
+
+
+def _views():
+    """What the evaluations that train share."""
+    return {
+        "image_size": FLAGS.image_size,
+        "min_crop_area": FLAGS.min_crop_area,
+        "seed": FLAGS.seed,
+        "verbose": run.verbosity(),
+    }
+
+
+def _print_figures(figures, task, what):
+    for name in ("top1", "top5"):
+        print(f"{task + '_' + name:>12} {what:>12} {100 * figures[name]:6.2f} %", flush=True)
 
 
 def _evaluate(accuracies):

@@ -2,14 +2,13 @@
 
 import functools
 import math
-import sys
 
 import tensorflow as tf
 from absl import flags, logging
 
 from byol_tf import checkpoints, deepmind, distribution, evaluation, training, workdir
 from byol_tf.data import views
-from byol_tf.errors import UserError
+from byol_tf.errors import Preempted, UserError
 from byol_tf.model import BYOL
 from byol_tf.optimizers import build_optimizer, make_optimizer
 from byol_tf.schedules import WarmupCosine
@@ -74,12 +73,15 @@ def pretrain():
             manager=manager,
         )
         saves = training.Checkpoints(manager, FLAGS.checkpoint_every)
-        callbacks = [training.StopOnSigterm(strategy), watch, saves]
+        callbacks = [watch, saves]
+        stop = training.StopOnSigterm(strategy)
         if target_update is not None:
             callbacks.insert(0, target_update)
         if measure is not None:
             every = FLAGS.knn_every * per_epoch
+            measure = stop.at_once()(measure)
             callbacks.append(checkpoints.KeepBest(manager, saves.save, measure, every, watch))
+        callbacks.append(stop)
         try:
             training.train(
                 model,
@@ -88,14 +90,14 @@ def pretrain():
                 epochs=FLAGS.epochs,
                 max_steps=FLAGS.max_steps,
                 callbacks=callbacks,
-                verbose=_verbosity(),
+                verbose=run.verbosity(),
             )
         except training.TrainingDiverged as error:
             raise UserError(str(error)) from error
         workdir.update_results(folder, **_training_results(model, watch))
     if model.stop_training:
         step = int(model.optimizer.iterations.numpy())
-        raise training.Preempted(f"stopped by SIGTERM at step {step}")
+        raise Preempted(f"stopped by SIGTERM at step {step}")
 
 
 def _target_update(total_steps):
@@ -111,8 +113,7 @@ def _training_results(model, watch):
     if watch.images_per_second:
         results["images_per_second"] = watch.images_per_second
         # The accuracies of before are of other weights.
-        stale = ("knn_top1", "knn200_top1", "linear_top1", "evaluated_step")
-        results.update(dict.fromkeys(stale))
+        results.update(dict.fromkeys(run.ACCURACIES))
     return results
 
 
@@ -128,13 +129,14 @@ def _knn_measure(train_source):
         return lambda checkpoint: 0.0  # only awaits the chief
     with run.policy("float32"):
         encoder = run.encoder()
+    extractors = [
+        evaluation.feature_extractor(encoder, run.source(split), image_size=FLAGS.image_size)
+        for split in (FLAGS.train_split, FLAGS.eval_split)
+    ]
 
     def measure(checkpoint):
         run.load_encoder(encoder, checkpoint)
-        train, test = (
-            evaluation.extract_features(encoder, run.source(split), image_size=FLAGS.image_size)
-            for split in (FLAGS.train_split, FLAGS.eval_split)
-        )
+        train, test = (extract() for extract in extractors)
         if min(train.labels.min(), test.labels.min()) < 0:
             logging.warning("--knn_every: skipped: there are images without labels")
             return None
@@ -189,13 +191,6 @@ def _batches_from(source, step, steps):
         return batches.take(steps)
 
     return distribution.distribute(run.strategy(), of_worker)
-
-
-def _verbosity():
-    """A bar where someone watches, else a line an epoch; nothing from those who do not write."""
-    if not distribution.is_chief(run.strategy()):
-        return 0
-    return 1 if sys.stdout.isatty() else 2
 
 
 def _check_classes(shapes, num_classes):

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import pathlib
+import sys
 
 import tensorflow as tf
 from absl import flags
@@ -12,6 +13,11 @@ from byol_tf.data.source import load_source
 from byol_tf.keras_api import keras
 
 FLAGS = flags.FLAGS
+# What results.json says of the encoder, and no longer holds when it is trained further.
+ACCURACIES = (
+    *("knn_top1", "knn200_top1", "probe_top1", "linear_top1", "linear_top5", "linear_eval"),
+    *("finetune", "evaluated_step"),
+)
 
 
 def folder():
@@ -24,10 +30,26 @@ def strategy():
     return distribution.make_strategy(FLAGS.strategy, FLAGS.tpu)
 
 
-@functools.lru_cache(maxsize=None)
-def source(split):
-    """The `Source` of a split of --dataset."""
-    return load_source(FLAGS.dataset, split, FLAGS.data_dir, FLAGS.channels)
+def local_strategy():
+    """The strategy of a task that the chief does alone: with this machine's devices."""
+    if distribution.num_workers(strategy()) > 1:
+        return tf.distribute.get_strategy()
+    return strategy()
+
+
+def verbosity():
+    """A bar where someone watches, else a line an epoch; nothing from those who do not write."""
+    if not distribution.is_chief(strategy()):
+        return 0
+    return 1 if sys.stdout.isatty() else 2
+
+
+def source(split, dataset=None):
+    """The `Source` of a split of --dataset, or of another data set of --data_dir."""
+    return _load_source(dataset or FLAGS.dataset, split, FLAGS.data_dir, FLAGS.channels)
+
+
+_load_source = functools.lru_cache(maxsize=None)(load_source)
 
 
 def manager(checkpoint=None):

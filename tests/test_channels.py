@@ -137,7 +137,7 @@ def test_gray_on_the_command_line(tmp_path):
         return subprocess.run(command, env=env, capture_output=True, text=True)
 
     done = main(
-        *("--task=pretrain,knn,linear_eval,export,embed", "--embed_split=test", "--channels=1"),
+        *("--task=pretrain,knn,linear_probe,export,embed", "--embed_split=test", "--channels=1"),
         *("--dataset=image_folder", f"--data_dir={tmp_path / 'images'}", "--eval_split=test"),
         *("--encoder=resnet18", "--width_multiplier=0.05", "--stem=small", "--image_size=16"),
         *("--projector_hidden_size=16", "--projector_output_size=8", "--optimizer=sgd"),
@@ -145,7 +145,7 @@ def test_gray_on_the_command_line(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((workdir / "results.json").read_text())
-    assert found["steps"] == 4 and {"knn_top1", "linear_top1"} <= found.keys()
+    assert found["steps"] == 4 and {"knn_top1", "probe_top1"} <= found.keys()
     written = np.load(workdir / "embeddings.npz")
     names = [tmp_path / "images" / name for name in written["name"]]
     signatures = tf.saved_model.load(str(workdir / "saved_model")).signatures

@@ -145,7 +145,7 @@ def test_gray_on_the_command_line(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((workdir / "results.json").read_text())
-    assert found["steps"] == 4 and {"knn_top1", "linear_top1"} <= found.keys()
+    assert found["steps"] == 4 and {"knn_top1", "probe_top1"} <= found.keys()
     written = np.load(workdir / "embeddings.npz")
     names = [tmp_path / "images" / name for name in written["name"]]
     signatures = tf.saved_model.load(str(workdir / "saved_model" / "1")).signatures

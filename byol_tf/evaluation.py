@@ -131,26 +131,14 @@ def knn_predictions(train, test, *, k=20, temperature=TEMPERATURE):
     return np.concatenate(predictions)
 
 
-def nearest_neighbours(vectors, queries, k):
-    """The places in `vectors` of the k most similar (cosine) to every query, nearest first.
-
-    Args:
-      vectors: float [N, D].
-      queries: float [Q, D].
-      k: at most N are given.
-
-    Returns: int64 [Q, k].
-    """
-    found = []
-    for nearest, similarity in _nearest(vectors, queries, k):
-        order = np.argsort(-similarity, axis=1, kind="stable")
-        found.append(np.take_along_axis(nearest, order, axis=1))
-    return np.concatenate(found)
+def unit(vectors):
+    """Vectors [N, D] of length 1, all but those that are zero."""
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
 def _nearest(vectors, queries, k):
     """Yields places and similarities, [chunk, k], of the k nearest, in no order."""
-    vectors, queries = _unit(vectors), _unit(queries)
+    vectors, queries = unit(vectors), unit(queries)
     k = min(k, len(vectors))
     chunk = max(1, _SIMILARITIES // len(vectors))
     for start in range(0, len(queries), chunk):
@@ -234,7 +222,3 @@ def top_k_accuracies(classify, source, *, image_size, batch_size=256):
         correct += count_correct(batch["image"], batch["label"]).numpy()
         labelled += np.sum(batch["label"].numpy() >= 0)
     return correct / labelled
-
-
-def _unit(vectors):
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)

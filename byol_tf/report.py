@@ -14,6 +14,7 @@ import re
 import numpy as np
 import tensorflow as tf
 
+from byol_tf import evaluation
 from byol_tf.workdir import write_bytes, write_text
 
 # Of the light page; in an SVG each becomes the variable of that name, which has a dark value too.
@@ -331,7 +332,7 @@ def embedding_map(vectors, seed=0):
     from sklearn.decomposition import PCA  # slow to import
     from sklearn.manifold import TSNE
 
-    unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    unit = evaluation.unit(vectors)
     components = PCA(min(50, *vectors.shape), random_state=seed).fit_transform(unit)
     tsne = TSNE(
         perplexity=min(30.0, (len(vectors) - 1) / 3),

@@ -50,9 +50,10 @@ class Encoder:
         self.version = directory.name if directory.name.isdecimal() else "1"
         try:
             self._model = tf.saved_model.load(str(directory))
-            self._bytes = self._model.signatures["serving_bytes"]
+            # Of more than four channels there are no files.
+            self._bytes = self._model.signatures.get("serving_bytes")
             self._images = self._model.signatures["serving_default"]
-            self._channels = self._images.structured_input_signature[1]["images"].shape[-1]
+            self._shape = self._images.structured_input_signature[1]["images"].shape
         except (OSError, KeyError, AttributeError, tf.errors.OpError) as error:
             raise UserError(
                 f"--model={directory}: no exported encoder there ({one_line(error)}): give the "
@@ -69,9 +70,15 @@ class Encoder:
         """Embeds a list of N >= 1 whole image files: float32 [N, D].
 
         Raises:
+          ValueError: if the model has more channels than image files can have.
           tf.errors.InvalidArgumentError: if one of them is no image.
           tf.errors.UnavailableError: if too many wait.
         """
+        if self._bytes is None:
+            channels = self._shape[-1]
+            raise ValueError(
+                f"no image file has the {channels} channels of this model: send pixels"
+            )
         given = tf.constant(image_bytes, tf.string)
         try:
             return self._together(given).numpy()
@@ -85,8 +92,16 @@ class Encoder:
         Raises:
           ValueError: if they are not of one size, of these channels or from 0 to 255.
         """
-        images = _pixels(images, self._channels)
+        images = _pixels(images, self._shape[-1])
         return self._images(images=tf.constant(images))["embedding"].numpy()
+
+    def warm_up(self):
+        """Computes once: the first call compiles, which is not to be at a client's cost."""
+        if self._bytes is None:
+            height, width, channels = (side or 8 for side in self._shape[1:])
+            self.embed_images(np.zeros((1, height, width, channels), int))
+        else:
+            self.embed_bytes([tf.io.encode_png(tf.zeros([8, 8, 3], tf.uint8)).numpy()])
 
 
 def predict(encoder, body):
@@ -233,8 +248,7 @@ def main(argv=None):
         )
     except UserError as error:
         sys.exit(f"error: {error}")
-    # The first call compiles: not at a client's cost.
-    encoder.embed_bytes([tf.io.encode_png(tf.zeros([8, 8, 3], tf.uint8)).numpy()])
+    encoder.warm_up()
     app = make_app(
         encoder, name=arguments.name, max_body_mb=arguments.max_body_mb, max_batch_size=limit
     )

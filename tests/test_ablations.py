@@ -92,9 +92,10 @@ def trained(encoder, strategy=None, freeze=False, data=None, **kwargs):
     return [weight.numpy() for weight in model.online_weights + model.target_weights]
 
 
-def assert_same(one, other, rtol=2e-4):
+def assert_same(one, other, tolerance=2e-4):
+    """Up to rounding errors, relative to the greatest value of each tensor."""
     for a, b in zip(one, other, strict=True):
-        np.testing.assert_allclose(b, a, rtol=rtol, atol=2e-5)
+        np.testing.assert_allclose(b, a, rtol=0, atol=tolerance * np.abs(a).max())
 
 
 def test_accumulated_gradients_are_those_of_one_batch(tiny_encoder):
@@ -121,7 +122,7 @@ def test_accumulation_shares_statistics_across_replicas(tiny_encoder, mirrored):
     order = [*range(4), *range(8, 12), *range(4, 8), *range(12, 16)]
     one = trained(tiny_encoder, data=batches(order=order).take(1), accumulation_steps=2)
     two = trained(tiny_encoder, mirrored, data=batches().take(1), accumulation_steps=2)
-    assert_same(one, two, rtol=5e-4)
+    assert_same(one, two, tolerance=5e-4)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import tensorflow as tf
 from PIL import Image
 
 import byol_tf
-from byol_tf import evaluation
+from byol_tf import evaluation, serve
 from byol_tf.data import crop, decode, views
 from byol_tf.data.source import Source
 from byol_tf.data.views import augment_batch, eval_batches, pretrain_batches
@@ -107,6 +107,12 @@ def test_library_with_13_channels(tmp_path):
     served = loaded.signatures["serving_default"](images=tf.constant(pixels_of(13)))
     features = byol_tf.extract_features(encoder, source, image_size=SIZE)
     np.testing.assert_allclose(served["embedding"], features.vectors, rtol=1e-4, atol=1e-5)
+    server = serve.Encoder(tmp_path / "model")
+    server.warm_up()
+    answer = server.embed_images(pixels_of(13).tolist())
+    np.testing.assert_allclose(answer, features.vectors, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="13 channels"):
+        server.embed_bytes([b""])
     raw = evaluation.raw_pixels(source, image_size=8)
     assert raw.vectors.shape == (COUNT, 8 * 8 * 13)
 

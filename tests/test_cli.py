@@ -204,7 +204,7 @@ def test_fine_tuning_on_a_named_subset(main, tmp_path):
     def prepare(name, places, labels=("even", "odd")):
         rng = np.random.default_rng(0)
         examples = [
-            {"image": rng.integers(0, 256, (12, 12, 3), np.uint8), "label": i % 2}
+            (i, {"image": rng.integers(0, 256, (12, 12, 3), np.uint8), "label": i % 2})
             for i in range(30)
         ]
         features = tfds.features.FeaturesDict(
@@ -433,15 +433,15 @@ def test_help(main):
     assert "tensorflow" not in stderr.lower()
 
 
-def readme_code(library):
-    """The code of the README that uses this package's library, or that which does without."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def code_of(page, library=True):
+    """The code of a page that uses this package's library, or that which does without."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     (code,) = [block for block in blocks if ("import byol_tf" in block) == library]
     return code
 
 
 def test_readme_library_code(make_source, tmp_path, monkeypatch):
-    code = readme_code(library=True)
+    code = code_of("README.md")
     (batch_size,) = set(re.findall(r"batch_size=(\d+)", code))
     code = re.sub(rf"\b{batch_size}\b", "16", re.sub(r"epochs=\d+", "epochs=1", code))
     source = make_source(32)
@@ -454,9 +454,22 @@ def test_readme_library_code(make_source, tmp_path, monkeypatch):
     assert served(images=tf.zeros([2, 40, 50, 3], tf.uint8))["embedding"].shape == (2, 128)
 
 
+@pytest.mark.slow
+def test_code_of_the_librarys_page(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = code_of("docs/library.md")
+    code = code.replace("from tensorflow import keras", "from byol_tf.keras_api import keras")
+    names = {}
+    exec(code, names)
+    assert names["representation"].shape == (2, 1280)
+    served = tf.saved_model.load(str(tmp_path / "saved_model")).signatures["serving_default"]
+    assert served(images=tf.zeros([1, 90, 100, 3], tf.uint8))["embedding"].shape == (1, 1280)
+
+
 def test_readme_serving_code(finished):
     names = {}
-    exec(readme_code(library=False).replace("runs/quickstart", str(finished[0])), names)
+    code = code_of("README.md", library=False)
+    exec(code.replace("runs/quickstart", str(finished[0])), names)
     assert names["embedding"].shape[0] == 1 and names["embedding"].dtype == tf.float32
 
 

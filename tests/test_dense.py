@@ -485,3 +485,8 @@ def test_cli(data, prepared, tmp_path):
     done = run("--task=segmentation", "--segmentation_classes=2", *arrays.split())
     assert done.returncode == 1 and done.stderr.strip().count("\n") == 0, done.stderr
     assert "above the 2 classes of --segmentation_classes" in done.stderr
+
+    gray = run(
+        f"--workdir={tmp_path / 'gray'}", "--task=depth", "--channels=1", *pretraining.split()
+    )
+    assert gray.returncode == 1 and "leave this task out" in gray.stderr.splitlines()[-1]

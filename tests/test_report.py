@@ -95,14 +95,6 @@ def check_page(path):
 # The library --------------------------------------------------------------------------
 
 
-def test_neighbours_of_known_vectors():
-    vectors = np.array([[1, 0], [0, 2], [-3, 0.1], [5, 5]], np.float32)
-    queries = np.array([[2, 0.1], [-1, 0]], np.float32)
-    nearest = evaluation.nearest_neighbours(vectors, queries, 3)
-    assert nearest.tolist() == [[0, 3, 1], [2, 1, 3]]
-    assert evaluation.nearest_neighbours(vectors, queries, 9).shape == (2, 4)
-
-
 def test_predictions_are_those_of_the_accuracy():
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(3, 5))

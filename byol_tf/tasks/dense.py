@@ -90,8 +90,13 @@ def check(task):
     """Opens what a task reads.
 
     Raises:
-      UserError: if it cannot be read, or there is nothing in it.
+      UserError: if it cannot be read, or there is nothing in it, or the encoder takes no RGB.
     """
+    if FLAGS.channels != 3:
+        raise UserError(
+            f"--task={task}: the images of dense data are RGB, the encoder's are of "
+            f"--channels={FLAGS.channels}: leave this task out."
+        )
     for split, source in zip((FLAGS.dense_train_split, FLAGS.dense_eval_split), _sources(task)):
         if not source.num_examples:
             raise UserError(f"--dense_data={FLAGS.dense_data}: there are no images in {split!r}.")

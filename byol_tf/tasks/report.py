@@ -4,7 +4,7 @@ import numpy as np
 import tensorflow as tf
 from absl import flags
 
-from byol_tf import checkpoints, evaluation, report, training, workdir
+from byol_tf import checkpoints, evaluation, report, search, training, workdir
 from byol_tf.data import views
 from byol_tf.tasks import run
 
@@ -111,8 +111,9 @@ def _neighbours():
     found, same = {}, {}
     for what, name in encoders.items():
         known = run.features(what, FLAGS.train_split)
-        vectors = run.features(what, FLAGS.eval_split).vectors[queries]
-        nearest = evaluation.nearest_neighbours(known.vectors, vectors, _NEIGHBOURS)
+        asked = run.features(what, FLAGS.eval_split).vectors[queries]
+        vectors, asked = evaluation.unit(known.vectors), evaluation.unit(asked)
+        _, nearest = search.nearest(vectors, asked, _NEIGHBOURS)
         found[name] = _thumbnails(train, nearest)
         if labels is not None:
             same[name] = known.labels[nearest] == labels[queries][:, np.newaxis]

@@ -2,11 +2,11 @@
 
 import os
 import pathlib
-import subprocess
-import sys
+import tempfile
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+import forked
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -28,19 +28,25 @@ def mirrored():
     return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 
 
-@pytest.fixture(scope="module")
-def main(tmp_path_factory):
-    """Function that runs main.py with these flags: (exit code, stdout, stderr)."""
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """What runs of main.py are forked from, in a home of their own."""
     home = tmp_path_factory.mktemp("home")
-    env = {**os.environ, "HOME": str(home), "XDG_CACHE_HOME": str(home / "cache")}
-    env["CUDA_VISIBLE_DEVICES"] = ""
+    env = {"HOME": str(home), "XDG_CACHE_HOME": str(home / "cache"), "CUDA_VISIBLE_DEVICES": ""}
+    server = forked.Server(**env)
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def main(server, tmp_path_factory):
+    """Function that runs main.py with these flags: (exit code, stdout, stderr)."""
     folder = tmp_path_factory.mktemp("cwd")  # it runs from anywhere
-    script = pathlib.Path(__file__).parent.parent / "main.py"
 
     def run(*args):
-        command = [sys.executable, str(script), *map(str, args)]
-        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
-        return done.returncode, done.stdout, done.stderr
+        outputs = [pathlib.Path(tempfile.mkstemp(dir=folder)[1]) for _ in range(2)]
+        server.start(args, folder, *outputs)
+        return server.exit_code(), *(output.read_text() for output in outputs)
 
     return run
 

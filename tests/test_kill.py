@@ -4,9 +4,7 @@
 
     BYOL_TF_KILLS=100 python -m pytest -q -s tests/test_kill.py -k killed
 
-So that a run need not import TensorFlow, which takes longer than all else in it, it is forked
-from a process that has done so and nothing more (`serve`). It is `main.py` in everything but
-the encoder, of one convolution.
+The runs are forked, with a tiny encoder (forked.py).
 """
 
 import collections
@@ -15,9 +13,7 @@ import json
 import os
 import pathlib
 import random
-import select
 import signal
-import subprocess
 import sys
 import time
 
@@ -25,7 +21,6 @@ import pytest
 import tensorflow as tf
 
 from byol_tf import checkpoints
-from byol_tf.keras_api import keras
 
 ROOT = pathlib.Path(__file__).parent.parent
 KILLS = int(os.environ.get("BYOL_TF_KILLS", 20))
@@ -50,37 +45,6 @@ FLAGS = [
 ]
 
 
-def serve():
-    """Forks a run for every line of flags, in JSON; prints its process, then its exit code."""
-    from absl import app, logging
-
-    logging.use_absl_handler()  # as `app.run` does, before TensorFlow finds none
-    import tensorflow_datasets  # noqa: F401
-    from tensorflow.python.eager import context
-
-    import main
-    from byol_tf import resnet, tasks  # noqa: F401
-
-    def tiny_encoder(name, *, image_size, channels, **_):
-        images = keras.Input((image_size, image_size, channels))
-        x = keras.layers.Conv2D(4, 3, strides=4, use_bias=False)(images)
-        x = keras.layers.ReLU()(resnet.batch_norm(x, None, "batch_norm"))
-        return keras.Model(images, keras.layers.GlobalAveragePooling2D()(x), name=name)
-
-    resnet.resnet_encoder = tiny_encoder
-    assert not context.context()._initialized  # else its threads and locks would not be in a fork
-    for line in iter(sys.stdin.readline, ""):
-        process = os.fork()
-        if not process:
-            argv = json.loads(line)
-            log = os.open(argv.pop(), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            for descriptor in (1, 2):
-                os.dup2(log, descriptor)
-            app.run(main.main, ["main.py", *argv], flags_parser=main.parse)
-        print(process, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
-
-
 class Run:
     """A run in a workdir, from its start on, or from where it was killed."""
 
@@ -90,18 +54,14 @@ class Run:
         self.before = self._lines()
         self.begun_at = self.saved_step()
         self.inode = self._inode()
-        argv = [f"--workdir={workdir}", *flags, str(workdir.with_suffix(".log"))]
-        server.stdin.write(json.dumps(argv).encode() + b"\n")
-        self.process = int(server.stdout.readline())
-
-    def ended(self, seconds=0.0):
-        return bool(select.select([self.server.stdout], [], [], seconds)[0])
+        argv, log = [f"--workdir={workdir}", *flags], workdir.with_suffix(".log")
+        self.process = server.start(argv, workdir.parent, log, log, tiny=True)
 
     def await_that(self, condition, seconds=240):
         for _ in range(1000 * seconds):  # no deadline: this process may have been stopped
             if condition():
                 return
-            assert not self.ended(0.001), f"ended before it was killed:\n{self.log()}"
+            assert not self.server.ended(0.001), f"ended before it was killed:\n{self.log()}"
         raise AssertionError(f"not in {seconds} s:\n{self.log()}")
 
     def signal(self, number):
@@ -109,9 +69,9 @@ class Run:
             os.kill(self.process, number)
 
     def exit_code(self, seconds=240):
-        ended = any(self.ended(0.1) for _ in range(10 * seconds))
+        ended = any(self.server.ended(0.1) for _ in range(10 * seconds))
         assert ended, f"not ended in {seconds} s:\n{self.log()}"
-        return int(self.server.stdout.readline())
+        return self.server.exit_code()
 
     def log(self):
         return self.workdir.with_suffix(".log").read_text()[-3000:]
@@ -151,16 +111,6 @@ class Run:
 
     def _inode(self):
         return self._file().stat().st_ino if self._file().exists() else None
-
-
-@pytest.fixture(scope="module")
-def server():
-    env = {"PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3", "OPENBLAS_NUM_THREADS": "1"}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
-    command = [sys.executable, __file__]
-    with subprocess.Popen(command, env={**os.environ, **env}, **pipes) as process:
-        yield process
-        process.stdin.close()
 
 
 @pytest.fixture(scope="module")
@@ -262,7 +212,7 @@ def test_sigterm_is_obeyed_at_once(server, uninterrupted, way):
     run.await_that(lambda: len(run.steps()) >= EPOCH + 1)
     for _ in range(30_000):  # which takes 30 s
         run.signal(signal.SIGTERM)
-        if run.ended(0.001):
+        if server.ended(0.001):
             break
     assert run.exit_code(seconds=1) == 75, run.log()
     step = run.saved_step()
@@ -282,7 +232,3 @@ def test_sigterm_before_the_first_step(server, tmp_path, seconds):
     assert run.exit_code(30) == 75, run.log()
     assert "stopped by SIGTERM: the same command" in run.log()
     assert not run.saved_step()
-
-
-if __name__ == "__main__":
-    serve()

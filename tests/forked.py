@@ -1,0 +1,95 @@
+"""Runs of `main.py` that need not import TensorFlow, which takes longer than most of what is tested.
+
+Each is forked from a process that has imported it and nothing more. It is `main.py` in everything
+else, but the encoder where that is to be `tiny`, of one convolution.
+"""
+
+import json
+import os
+import pathlib
+import select
+import signal
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+class Server:
+    """The process that is forked from. It serves one run at a time."""
+
+    def __init__(self, **env):
+        env = {"PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1", **env}
+        self._process = subprocess.Popen(
+            [sys.executable, __file__],
+            env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", **env},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+        )
+        self._running = None
+
+    def start(self, argv, cwd, stdout, stderr, tiny=False):
+        """Forks a run whose output goes to these files' ends: its process' number."""
+        if self._running:  # a test failed before it ended
+            os.kill(self._running, signal.SIGKILL)
+            self.exit_code()
+        request = {"argv": list(map(str, argv)), "cwd": str(cwd), "tiny": tiny}
+        request |= {"stdout": str(stdout), "stderr": str(stderr)}
+        self._process.stdin.write(json.dumps(request).encode() + b"\n")
+        self._running = int(self._process.stdout.readline())
+        return self._running
+
+    def ended(self, seconds):
+        """Whether the run has ended, or does so within these seconds."""
+        return bool(select.select([self._process.stdout], [], [], seconds)[0])
+
+    def exit_code(self):
+        """Awaits the run's end."""
+        self._running = None
+        return int(self._process.stdout.readline())
+
+    def close(self):
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def serve():
+    """Prints the process of each run that standard input asks for, then its exit code."""
+    from absl import app, logging
+
+    logging.use_absl_handler()  # as `app.run` does, before TensorFlow finds none
+    import tensorflow_datasets  # noqa: F401
+    from tensorflow.python.eager import context
+
+    import main
+    from byol_tf import resnet, tasks  # noqa: F401
+
+    assert not context.context()._initialized  # else its threads and locks would not be in a fork
+    for line in iter(sys.stdin.readline, ""):
+        process = os.fork()
+        if not process:
+            request = json.loads(line)
+            for descriptor, name in ((1, "stdout"), (2, "stderr")):
+                os.dup2(os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+            os.chdir(request["cwd"])
+            resnet.BLOCKS_PER_GROUP["resnet18"] = (1, 1, 1, 1)
+            if request["tiny"]:
+                resnet.resnet_encoder = tiny_encoder
+            app.run(main.main, ["main.py", *request["argv"]], flags_parser=main.parse)
+        print(process, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
+
+
+def tiny_encoder(name, *, image_size, channels, **_):
+    from byol_tf import resnet
+    from byol_tf.keras_api import keras
+
+    images = keras.Input((image_size, image_size, channels))
+    x = keras.layers.Conv2D(4, 3, strides=4, use_bias=False)(images)
+    x = keras.layers.ReLU()(resnet.batch_norm(x, None, "batch_norm"))
+    return keras.Model(images, keras.layers.GlobalAveragePooling2D()(x), name=name)
+
+
+if __name__ == "__main__":
+    serve()

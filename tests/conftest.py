@@ -10,6 +10,7 @@ import forked
 import numpy as np
 import pytest
 import tensorflow as tf
+from PIL import Image
 
 from byol_tf.batch_norm import SyncBatchNormalization
 from byol_tf.data.source import Source
@@ -49,6 +50,20 @@ def main(server, tmp_path_factory):
         return server.exit_code(), *(output.read_text() for output in outputs)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    """A folder of blue and red images: 2 x 10 to train (2 batches and a rest), 2 x 4 to test."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 10), ("test", 4)):
+        for name, colour in (("blue", (40, 40, 215)), ("red", (215, 40, 40))):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = np.array(colour) + rng.integers(-40, 40, (20, 24, 3))
+                Image.fromarray(pixels.astype(np.uint8)).save(root / split / name / f"{i}.png")
+    return root
 
 
 @pytest.fixture

@@ -53,7 +53,7 @@ def assert_close(batches, others, atol):
             np.testing.assert_allclose(value.astype(float), other[key], rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("channels", [1, 2, 4, 13])
+@pytest.mark.parametrize("channels", [1, 4, 13])
 def test_views(channels):
     """The same from any step on, in memory or streamed, on host or accelerator."""
     source = make_source(channels)

@@ -9,7 +9,6 @@ import sys
 import numpy as np
 import pytest
 import tensorflow as tf
-from PIL import Image
 
 import byol_tf
 
@@ -39,20 +38,6 @@ def succeed(result):
 
 def results(workdir):
     return json.loads((workdir / "results.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    """A folder of blue and red images: 2 x 10 to train (2 batches and a rest), 2 x 4 to test."""
-    root = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 10), ("test", 4)):
-        for name, colour in (("blue", (40, 40, 215)), ("red", (215, 40, 40))):
-            (root / split / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = np.array(colour) + rng.integers(-40, 40, (20, 24, 3))
-                Image.fromarray(pixels.astype(np.uint8)).save(root / split / name / f"{i}.png")
-    return root
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +154,7 @@ LEARNING_TASKS = """
 """.split()
 
 
+@pytest.mark.slow
 def test_tasks_that_learn(main, finished, tmp_path):
     """Of 20 blue and red images 2 are held out; half of the 20 labels are 10."""
     workdir = tmp_path / "run"
@@ -197,6 +183,7 @@ def test_tasks_that_learn(main, finished, tmp_path):
     assert results(workdir)["finetune"] == found["finetune"]
 
 
+@pytest.mark.slow
 def test_fine_tuning_on_a_named_subset(main, tmp_path):
     """Its images are not held out, though --dataset has them too; other classes are refused."""
     import tensorflow_datasets as tfds
@@ -242,6 +229,7 @@ def test_fine_tuning_on_a_named_subset(main, tmp_path):
     assert "none is left to choose" in line
 
 
+@pytest.mark.slow
 def test_transfer(main, finished, prepare_set, tmp_path):
     """What is there is measured and in the table; what is not is named at the end."""
     from byol_tf import transfer
@@ -284,6 +272,7 @@ def test_transfer(main, finished, prepare_set, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_without_labels(main, flat, tmp_path):
     flags = [*TINY, f"--data_dir={flat}", f"--workdir={tmp_path}", "--max_steps=1"]
     tasks = "--task=pretrain,knn,linear_probe,linear_eval,finetune,export"
@@ -296,6 +285,7 @@ def test_without_labels(main, flat, tmp_path):
     assert (tmp_path / "saved_model" / "1" / "saved_model.pb").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [

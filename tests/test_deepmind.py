@@ -236,6 +236,7 @@ def run_main(workdir, *arguments):
     return subprocess.run(command, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path, reference_classes):
     """Import, then evaluation, export and further pretraining; a conflict takes one line."""
     file, workdir = tmp_path / "pretrain.pkl", tmp_path / "run"
@@ -266,6 +267,7 @@ def test_command_line(tmp_path, reference_classes):
     np.testing.assert_array_equal(kernel, online[name]["w"])
 
 
+@pytest.mark.slow
 def test_fine_tuning_on_the_command_line(tmp_path, reference_classes):
     """A supervised run starts from the imported encoder, and then from its own checkpoints."""
     file, workdir = tmp_path / "pretrain.pkl", tmp_path / "run"

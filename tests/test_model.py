@@ -222,6 +222,7 @@ def test_two_replicas_are_one(tiny_encoder, mirrored):
     assert any(np.abs(one - before).max() > 1e-3 for one, before in zip(weights[0], initial))
 
 
+@pytest.mark.slow
 def test_keras_application_as_encoder():
     encoder = keras.applications.MobileNetV2(
         (32, 32, 3), alpha=0.35, include_top=False, weights=None, pooling="avg"

@@ -4,39 +4,24 @@ import functools
 import html.parser
 import io
 import json
-import os
 import pathlib
 import re
 import shutil
 import subprocess
-import sys
 import warnings
 
 import numpy as np
 import pytest
 import tensorflow as tf
+import test_cli
 from PIL import Image
+from test_cli import succeed
 
 from byol_tf import evaluation, report, training
 from byol_tf.data import augment, views
 
 ROOT = pathlib.Path(__file__).parent.parent
-TINY = """
---dataset=image_folder
---eval_split=test
---encoder=resnet18
---width_multiplier=0.05
---image_size=16
---stem=small
---projector_hidden_size=16
---projector_output_size=8
---batch_size=8
---epochs=2
---warmup_epochs=1
---optimizer=sgd
---log_every=1
---knn_every=2
-""".split()
+TINY = [*test_cli.TINY, "--log_every=1", "--knn_every=2"]
 PNGS = {"curves.png", "views.png", "neighbours.png", "map.png", "confusion.png"}
 SECTIONS = ["Figures", "Training", "View pairs", "Nearest neighbours", "Map of the embeddings"]
 SECTIONS += ["Confusion matrix", "Flags", "Versions"]
@@ -235,39 +220,11 @@ def test_view_pairs(make_source):
 
 
 @pytest.fixture(scope="module")
-def main(tmp_path_factory):
-    """Function that runs main.py with these flags, which must succeed: its stderr."""
-    home = tmp_path_factory.mktemp("home")
-    env = {**os.environ, "HOME": str(home), "XDG_CACHE_HOME": str(home / "cache")}
-
-    def run(*args):
-        command = [sys.executable, str(ROOT / "main.py"), *map(str, args)]
-        done = subprocess.run(command, env=env, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done.stderr
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    """A folder of blue and red images, 2 x 10 to train on and 2 x 4 to test."""
-    root = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 10), ("test", 4)):
-        for name, colour in (("blue", (40, 40, 215)), ("red", (215, 40, 40))):
-            (root / split / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = np.array(colour) + rng.integers(-40, 40, (20, 24, 3))
-                Image.fromarray(pixels.astype(np.uint8)).save(root / split / name / f"{i}.png")
-    return root
-
-
-@pytest.fixture(scope="module")
 def reported(main, images, tmp_path_factory):
     """The workdir of a run with its report."""
     workdir = tmp_path_factory.mktemp("reported")
-    main(*TINY, f"--data_dir={images}", f"--workdir={workdir}", "--task=pretrain,knn,report")
+    flags = [f"--data_dir={images}", f"--workdir={workdir}", "--task=pretrain,knn,report"]
+    succeed(main(*TINY, *flags))
     return workdir
 
 
@@ -332,6 +289,7 @@ def test_tensorboard_has_views_and_figures(reported):
     assert colours.min() > 0
 
 
+@pytest.mark.slow
 def test_report_of_damaged_metrics(main, reported, tmp_path):
     """Cut off, and with a line of nonsense; no figures, and another checkpoint's flags."""
     workdir = tmp_path / "copy"
@@ -340,13 +298,14 @@ def test_report_of_damaged_metrics(main, reported, tmp_path):
     lines = metrics.read_bytes().splitlines(keepends=True)
     metrics.write_bytes(lines[0] + b"\x00\xff nonsense\n" + lines[1] + lines[2][:9])
     (workdir / "results.json").unlink()
-    stderr = main("--task=report", f"--workdir={workdir}", "--nobaselines")
+    _, stderr = succeed(main("--task=report", f"--workdir={workdir}", "--nobaselines"))
     assert "Traceback" not in stderr
     text = (workdir / "report" / "report.html").read_text()
     check_page(workdir / "report" / "report.html")
     assert "No accuracies" in text and "at step 2" in text and "random: " not in text
 
 
+@pytest.mark.slow
 def test_report_without_labels(main, images, tmp_path):
     flat = tmp_path / "flat"
     flat.mkdir()
@@ -354,7 +313,7 @@ def test_report_without_labels(main, images, tmp_path):
         shutil.copy(path, flat / f"{i}.png")
     workdir = tmp_path / "run"
     flags = [f"--data_dir={flat}", f"--workdir={workdir}", "--max_steps=1"]
-    main(*TINY, *flags, "--task=pretrain,report", "--augment_on=accelerator")
+    succeed(main(*TINY, *flags, "--task=pretrain,report", "--augment_on=accelerator"))
     page = check_page(workdir / "report" / "report.html")
     assert "Left out, as there are images without labels." in page.words
     assert not (workdir / "report" / "confusion.png").exists()

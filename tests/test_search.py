@@ -174,6 +174,7 @@ def test_duplicates(main, run):
     Image.open(run / "run" / "duplicates.jpg").load()
 
 
+@pytest.mark.slow
 def test_stale_embeddings_are_made_anew(main, run, tmp_path):
     """Of other images, of other weights, and a file that is broken."""
     images, file = tmp_path / "images", run / "run" / "stale.npz"

@@ -249,6 +249,7 @@ def read(source):
     return [(r["index"], r["image"], r["label"].tolist()) for r in records]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chosen", transfer.SETS, ids=by_name)
 def test_load_set(chosen, prepare_set, tmp_path):
     """Prepared with the features of TFDS' own builders: which images are in which part."""

@@ -44,9 +44,9 @@ def main(server, tmp_path_factory):
     """Function that runs main.py with these flags: (exit code, stdout, stderr)."""
     folder = tmp_path_factory.mktemp("cwd")  # it runs from anywhere
 
-    def run(*args):
+    def run(*args, **kwargs):
         outputs = [pathlib.Path(tempfile.mkstemp(dir=folder)[1]) for _ in range(2)]
-        server.start(args, folder, *outputs)
+        server.start(args, folder, *outputs, **kwargs)
         return server.exit_code(), *(output.read_text() for output in outputs)
 
     return run
@@ -55,9 +55,18 @@ def main(server, tmp_path_factory):
 @pytest.fixture(scope="session")
 def images(tmp_path_factory):
     """A folder of blue and red images: 2 x 10 to train (2 batches and a rest), 2 x 4 to test."""
-    root = tmp_path_factory.mktemp("images")
+    return write_images(tmp_path_factory.mktemp("images"), train=10, test=4)
+
+
+@pytest.fixture(scope="session")
+def more_images(tmp_path_factory):
+    """A folder of blue and red images: 2 x 18 to train, 2 x 20 to test."""
+    return write_images(tmp_path_factory.mktemp("more_images"), train=18, test=20)
+
+
+def write_images(root, **counts):
     rng = np.random.default_rng(0)
-    for split, count in (("train", 10), ("test", 4)):
+    for split, count in counts.items():
         for name, colour in (("blue", (40, 40, 215)), ("red", (215, 40, 40))):
             (root / split / name).mkdir(parents=True)
             for i in range(count):

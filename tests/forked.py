@@ -7,6 +7,7 @@ else, but the encoder where that is to be `tiny`, of one convolution.
 import json
 import os
 import pathlib
+import resource
 import select
 import signal
 import subprocess
@@ -27,18 +28,21 @@ class Server:
             stdout=subprocess.PIPE,
             bufsize=0,
         )
-        self._running = None
+        self.running = None
 
-    def start(self, argv, cwd, stdout, stderr, tiny=False):
-        """Forks a run whose output goes to these files' ends: its process' number."""
-        if self._running:  # a test failed before it ended
-            os.kill(self._running, signal.SIGKILL)
+    def start(self, argv, cwd, stdout, stderr, *, tiny=False, largest_file=None, env=None):
+        """Forks a run whose output goes to these files' ends: its process' number.
+
+        No file that it writes gets larger than `largest_file` bytes; `env` adds to the environment.
+        """
+        if self.running:  # a test failed before it ended
+            os.kill(self.running, signal.SIGKILL)
             self.exit_code()
-        request = {"argv": list(map(str, argv)), "cwd": str(cwd), "tiny": tiny}
-        request |= {"stdout": str(stdout), "stderr": str(stderr)}
+        request = {"argv": list(map(str, argv)), "cwd": str(cwd), "env": env or {}, "tiny": tiny}
+        request |= {"stdout": str(stdout), "stderr": str(stderr), "largest_file": largest_file}
         self._process.stdin.write(json.dumps(request).encode() + b"\n")
-        self._running = int(self._process.stdout.readline())
-        return self._running
+        self.running = int(self._process.stdout.readline())
+        return self.running
 
     def ended(self, seconds):
         """Whether the run has ended, or does so within these seconds."""
@@ -46,7 +50,7 @@ class Server:
 
     def exit_code(self):
         """Awaits the run's end."""
-        self._running = None
+        self.running = None
         return int(self._process.stdout.readline())
 
     def close(self):
@@ -73,6 +77,10 @@ def serve():
             for descriptor, name in ((1, "stdout"), (2, "stderr")):
                 os.dup2(os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
             os.chdir(request["cwd"])
+            os.environ.update(request["env"])
+            if request["largest_file"]:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (request["largest_file"],) * 2)
+            # Eleven convolutions, where it has twenty.
             resnet.BLOCKS_PER_GROUP["resnet18"] = (1, 1, 1, 1)
             if request["tiny"]:
                 resnet.resnet_encoder = tiny_encoder

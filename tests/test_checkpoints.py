@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from absl.testing import flagsaver
+from test_cli import TINY
 
 import byol_tf
 from byol_tf import checkpoints, config, evaluation, training, workdir
@@ -631,27 +632,14 @@ def test_every_flag_counts_somewhere():
 
 
 @pytest.fixture(scope="module")
-def main(tmp_path_factory):
-    """Function that runs main.py on a tiny model: (exit code, stderr)."""
-    home = tmp_path_factory.mktemp("home")
-    env = {**os.environ, "HOME": str(home), "XDG_CACHE_HOME": str(home / "cache")}
-    rng = np.random.default_rng(0)
-    for split in ("train", "test"):
-        for i in range(16):
-            path = home / "images" / split / "ab"[i % 2] / f"{i}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            pixels = rng.integers(0, 128, (16, 16, 3)) + 127 * (i % 2)
-            path.write_bytes(tf.io.encode_png(pixels.astype(np.uint8)).numpy())
-    flags = ["--dataset=image_folder", f"--data_dir={home / 'images'}", "--eval_split=test"]
-    flags += ["--encoder=resnet18", "--width_multiplier=0.05", "--stem=small", "--image_size=16"]
-    flags += ["--projector_hidden_size=16", "--projector_output_size=8", "--batch_size=8"]
-    flags += ["--epochs=3", "--warmup_epochs=1", "--deterministic", "--nobaselines"]
+def start(main, images):
+    """Function that runs main.py on a tiny model, new or not: (exit code, stderr)."""
+    flags = [*TINY, f"--data_dir={images}", "--epochs=3", "--deterministic", "--nobaselines"]
 
     def run(*args, new=True, **kwargs):
-        command = [sys.executable, str(ROOT / "main.py"), *(flags if new else ()), *args]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, **kwargs)
-        assert "Traceback" not in done.stderr, done.stderr[-2000:]
-        return done.returncode, done.stderr
+        code, _, stderr = main(*(flags if new else ()), *args, **kwargs)
+        assert "Traceback" not in stderr, stderr[-2000:]
+        return code, stderr
 
     return run
 
@@ -661,17 +649,17 @@ def results(workdir):
 
 
 @pytest.mark.slow
-def test_a_damaged_run_ends_as_any_other(main, tmp_path):
+def test_a_damaged_run_ends_as_any_other(start, tmp_path):
     """Bit for bit, also where k-NN was measured meanwhile; and is refused other networks."""
     once, twice = tmp_path / "once", tmp_path / "twice"
-    assert main(f"--workdir={once}", "--task=pretrain")[0] == 0
+    assert start(f"--workdir={once}", "--task=pretrain")[0] == 0
     measuring = "--knn_every=1", "--keep_checkpoints=3", "--task=pretrain,knn"
-    assert main(f"--workdir={twice}", *measuring, "--max_steps=4", "--use_checkpoint=best")[0] == 0
+    assert start(f"--workdir={twice}", *measuring, "--max_steps=4", "--use_checkpoint=best")[0] == 0
     best = json.loads((twice / "checkpoints" / "best" / "best.json").read_text())
     assert results(twice)["knn_top1"] == best["knn_top1"]
     assert results(twice)["evaluated_step"] == best["step"]
     os.truncate(twice / "checkpoints" / f"ckpt-4.{DATA}", 1000)
-    code, stderr = main(f"--workdir={twice}", "--task=pretrain", new=False)
+    code, stderr = start(f"--workdir={twice}", "--task=pretrain", new=False)
     assert code == 0 and "ckpt-4 is damaged" in stderr and "ckpt-2" in stderr
     assert results(twice)["weights_sha256"] == results(once)["weights_sha256"]
     assert [step for step, _ in measured(twice)] == [2, 4, 6]
@@ -679,23 +667,20 @@ def test_a_damaged_run_ends_as_any_other(main, tmp_path):
     (twice / "flags.txt").write_text(
         flags.replace("projector_hidden_size=16", "projector_hidden_size=32")
     )
-    code, stderr = main(f"--workdir={twice}", "--task=pretrain", new=False)
+    code, stderr = start(f"--workdir={twice}", "--task=pretrain", new=False)
     assert code == 1
     assert stderr.splitlines()[-1].startswith("error: --projector_hidden_size=32: ")
     (twice / "flags.txt").unlink()
-    code, stderr = main(f"--workdir={twice}", "--task=export", "--encoder=resnet34")
+    code, stderr = start(f"--workdir={twice}", "--task=export", "--encoder=resnet34")
     assert code == 1 and "flags.txt" in stderr
     assert stderr.splitlines()[-1].startswith("error: --encoder=resnet34: ")
     assert steps_of(checkpoints.Manager(None, twice / "checkpoints")) == [2, 4, 6]
 
 
 @pytest.mark.slow
-def test_no_room_takes_one_line(main, tmp_path):
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2**17, 2**17))
-
-    assert main(f"--workdir={tmp_path}", "--task=pretrain", "--max_steps=1")[0] == 0
-    code, stderr = main(f"--workdir={tmp_path}", "--task=pretrain", new=False, preexec_fn=limit)
+def test_no_room_takes_one_line(start, tmp_path):
+    assert start(f"--workdir={tmp_path}", "--task=pretrain", "--max_steps=1")[0] == 0
+    code, stderr = start(f"--workdir={tmp_path}", "--task=pretrain", new=False, largest_file=2**17)
     assert code == 1
     line = stderr.splitlines()[-1]
     assert (

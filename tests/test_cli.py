@@ -474,9 +474,9 @@ def test_package_needs_what_requirements_say():
 
 @pytest.mark.slow
 def test_it_learns(main, tmp_path):
-    """Half of the quickstart: its encoder beats random weights and raw pixels."""
+    """A quarter of the quickstart: its encoder beats random weights and raw pixels."""
     flags = f"--flagfile={ROOT / 'flags/quickstart.flags'}", f"--workdir={tmp_path / 'run'}"
-    succeed(main(*flags, "--epochs=24", "--task=pretrain,knn"))
+    succeed(main(*flags, "--epochs=12", "--task=pretrain,knn"))
     found = results(tmp_path / "run")
-    assert found["knn_top1"] > found["random_init"]["knn_top1"] + 0.15, found
+    assert found["knn_top1"] > found["random_init"]["knn_top1"] + 0.1, found
     assert found["knn200_top1"] > found["raw_pixels"]["knn200_top1"], found

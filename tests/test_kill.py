@@ -24,7 +24,7 @@ from byol_tf import checkpoints
 
 ROOT = pathlib.Path(__file__).parent.parent
 KILLS = int(os.environ.get("BYOL_TF_KILLS", 20))
-EPOCH = 3  # steps
+EPOCH = 3  # steps, of 12 of the 36 images
 WAYS = {
     "accumulation": ["--accumulation_steps=2", "--augmentation=no_color"],
     # Less to compile, as that takes replicas longer.
@@ -38,7 +38,7 @@ PHASES = ("start", "step", "checkpoint", "between epochs")
 # An epoch is lost or won by a kill, and the last must not be reached before it.
 EPOCHS = {way: 2 * round(KILLS * share) + 2 for way, share in SHARES.items()}
 FLAGS = [
-    *("--dataset=shapes", "--train_split=train[:36]", "--image_size=16", "--stem=small"),
+    *("--dataset=image_folder", "--image_size=16", "--stem=small"),
     *("--encoder=resnet18", "--projector_hidden_size=16", "--projector_output_size=8"),
     *("--batch_size=12", "--warmup_epochs=1", "--task=pretrain", "--log_every=1"),
     *("--deterministic", "--intra_op_threads=1"),
@@ -114,14 +114,19 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(server, tmp_path_factory):
+def flags(more_images):
+    return [*FLAGS, f"--data_dir={more_images}"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(server, flags, tmp_path_factory):
     """Function from the way to compute to the workdir of a run, and its seconds to a step."""
     workdirs = {}
 
     def run(way):
         if way not in workdirs:
             workdir = tmp_path_factory.mktemp(way) / "once"
-            run = Run(server, workdir, *FLAGS, *WAYS[way], f"--epochs={EPOCHS[way]}")
+            run = Run(server, workdir, *flags, *WAYS[way], f"--epochs={EPOCHS[way]}")
             begin = time.monotonic()
             run.await_that(run.steps)
             started = time.monotonic() - begin
@@ -165,13 +170,13 @@ def assert_same(workdir, other):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
-def test_killed_again_and_again_is_uninterrupted(server, uninterrupted, way):
+def test_killed_again_and_again_is_uninterrupted(server, uninterrupted, flags, way):
     once, start_seconds = uninterrupted(way)
     workdir = once.with_name("killed")
     rng = random.Random(way)
     aims = list(PHASES) * round(KILLS * SHARES[way] / len(PHASES))
     rng.shuffle(aims)
-    flags = [*FLAGS, *WAYS[way], f"--epochs={EPOCHS[way]}"]
+    flags = [*flags, *WAYS[way], f"--epochs={EPOCHS[way]}"]
     met, lost = collections.Counter(), 0
     for aim in aims:
         run = Run(server, workdir, *flags)
@@ -203,11 +208,11 @@ def test_killed_again_and_again_is_uninterrupted(server, uninterrupted, way):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
-def test_sigterm_is_obeyed_at_once(server, uninterrupted, way):
+def test_sigterm_is_obeyed_at_once(server, uninterrupted, flags, way):
     """Amid the steps, and again and again until the end: with a checkpoint of the last step."""
     once, _ = uninterrupted(way)
     workdir = once.with_name("preempted")
-    flags = [*FLAGS, *WAYS[way], f"--epochs={EPOCHS[way]}"]
+    flags = [*flags, *WAYS[way], f"--epochs={EPOCHS[way]}"]
     run = Run(server, workdir, *flags)
     run.await_that(lambda: len(run.steps()) >= EPOCH + 1)
     for _ in range(30_000):  # which takes 30 s
@@ -223,9 +228,9 @@ def test_sigterm_is_obeyed_at_once(server, uninterrupted, way):
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.5, 1.0])
-def test_sigterm_before_the_first_step(server, tmp_path, seconds):
+def test_sigterm_before_the_first_step(server, flags, tmp_path, seconds):
     """Then there is nothing to save, but the exit code says the same."""
-    run = Run(server, tmp_path / "run", *FLAGS, "--epochs=1")
+    run = Run(server, tmp_path / "run", *flags, "--epochs=1")
     run.await_that((tmp_path / "run.log").exists)
     time.sleep(seconds + 0.05)
     run.signal(signal.SIGTERM)

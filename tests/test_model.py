@@ -220,15 +220,3 @@ def test_two_replicas_are_one(tiny_encoder, mirrored):
     for one, two, before in zip(*weights, initial):
         np.testing.assert_allclose(two, one, rtol=2e-4, atol=2e-5)
     assert any(np.abs(one - before).max() > 1e-3 for one, before in zip(weights[0], initial))
-
-
-@pytest.mark.slow
-def test_keras_application_as_encoder():
-    encoder = keras.applications.MobileNetV2(
-        (32, 32, 3), alpha=0.35, include_top=False, weights=None, pooling="avg"
-    )
-    model = byol_tf.BYOL(encoder, projector_hidden_size=8, projector_output_size=4)
-    model.compile(optimizer=byol_tf.LARS(0.1))
-    views = {"view1": random(4, 32, 32, 3), "view2": random(4, 32, 32, 3, seed=1)}
-    logs = model.train_on_batch(views, return_dict=True)
-    assert np.isfinite(logs["loss"]) and model(views["view1"]).shape == (4, 1280)

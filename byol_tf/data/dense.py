@@ -1,6 +1,7 @@
 """Images with a value for every pixel, from arrays or TFDS, and the batches made of them."""
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Callable
 
@@ -17,7 +18,7 @@ _FEATURES = {
     "masks": ("segmentation_mask", "segmentation_label", "annotation"),
     "depths": ("depth",),
 }
-_SHUFFLED_IMAGES = 256  # of TFDS, decoded; arrays are shuffled whole
+_SHUFFLED_IMAGES = 512  # held, decoded, to shuffle them
 _SCALES = (0.5, 2.0)
 _GRAYSCALE, _BRIGHTNESS, _SATURATION, _HUE = 0.3, 0.1255, (0.5, 1.5), 0.2
 
@@ -31,13 +32,11 @@ class DenseSource:
       num_examples: int.
       read: from a record to an image, uint8 [H, W, 3], and its masks, uint8 [H, W], or depths,
         float32 [H, W] in metres.
-      shuffle_buffer: how many records may be held to shuffle them.
     """
 
     records: tf.data.Dataset
     num_examples: int
     read: Callable
-    shuffle_buffer: int
 
     def split(self, every):
         """Two sources: one without, one with every so-many-th example."""
@@ -88,22 +87,35 @@ def _from_arrays(folder, target):
             f"{folder}/{target}.npy: {_form(targets)}: must be {kind} {list(images.shape[:3])}, "
             "as the images."
         )
-    dtype = tf.uint8 if target == "masks" else tf.float32
 
-    def pick(i):
-        return images[i], targets[i].astype(dtype.as_numpy_dtype)
+    # Not a function of Python: as a fit ends amid a batch, TensorFlow would await it while it
+    # itself keeps Python from running.
+    def read(record):
+        image = tf.reshape(tf.io.decode_raw(record["image"], tf.uint8), images.shape[1:])
+        # TensorFlow reads no large unsigned integers; a cast to uint8 gives the same for both.
+        dtype = np.dtype(f"{targets.dtype.kind.replace('u', 'i')}{targets.dtype.itemsize}")
+        little = not targets.dtype.str.startswith(">")
+        values = tf.io.decode_raw(record["target"], dtype, little)
+        return image, _known(tf.reshape(values, targets.shape[1:]), targets.shape[1:])
 
-    def read(i):
-        image, values = tf.numpy_function(pick, [i], [tf.uint8, dtype], stateful=False)
-        return tf.ensure_shape(image, images.shape[1:]), _known(values, targets.shape[1:])
+    records = tf.data.Dataset.zip({"image": _records(images), "target": _records(targets)})
+    return DenseSource(records, len(images), read)
 
-    count = len(images)
-    return DenseSource(tf.data.Dataset.range(count), count, read, shuffle_buffer=max(count, 1))
+
+def _records(array):
+    """The parts of an array's file along the first axis, as bytes."""
+    size = max(1, array.itemsize * math.prod(array.shape[1:]))
+    return tf.data.FixedLengthRecordDataset(str(array.filename), size, array.offset)
 
 
 def _array(path):
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        if not array.flags.c_contiguous:
+            raise ValueError(
+                "its first axis changes fastest: np.save(..., np.ascontiguousarray(a))"
+            )
+        return array
     except (OSError, ValueError) as error:
         raise UserError(
             f"--dense_data: {path}: no array that can be read ({one_line(error)}): see "
@@ -142,7 +154,7 @@ def _from_tfds(name, split, target, data_dir):
             values = values[..., 0]
         return example["image"], _known(values, example["image"].shape[:2])
 
-    return DenseSource(examples, count, read, _SHUFFLED_IMAGES)
+    return DenseSource(examples, count, read)
 
 
 def _only(*names):
@@ -264,7 +276,7 @@ def _batches(source, example, batch_size, seed):
             lambda record: example(*source.read(record), None), num_parallel_calls=tf.data.AUTOTUNE
         )
         return pairs.batch(batch_size).prefetch(2)
-    records = records.shuffle(source.shuffle_buffer, seed=seed).repeat()
+    records = records.shuffle(_SHUFFLED_IMAGES, seed=seed).repeat()
 
     def drawn(number, record):
         draws = tf.random.stateless_uniform([5], [tf.cast(seed, tf.int64), number])

@@ -31,10 +31,8 @@ def mirrored():
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
-    """What runs of main.py are forked from, in a home of their own."""
-    home = tmp_path_factory.mktemp("home")
-    env = {"HOME": str(home), "XDG_CACHE_HOME": str(home / "cache"), "CUDA_VISIBLE_DEVICES": ""}
-    server = forked.Server(**env)
+    """What runs of main.py are forked from."""
+    server = forked.Server(tmp_path_factory.mktemp("home"))
     yield server
     server.close()
 

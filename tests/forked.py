@@ -1,9 +1,10 @@
 """Runs of `main.py` that need not import TensorFlow, which takes longer than most of what is tested.
 
 Each is forked from a process that has imported it and nothing more. It is `main.py` in everything
-else, but the encoder where that is to be `tiny`, of one convolution.
+else but the encoder: of resnet18 every group has one block, and a `tiny` one is of one convolution.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -17,13 +18,14 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 class Server:
-    """The process that is forked from. It serves one run at a time."""
+    """The process that is forked from, in a home of its own. It serves one run at a time."""
 
-    def __init__(self, **env):
-        env = {"PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1", **env}
+    def __init__(self, home):
+        env = {"PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
+        env |= {"HOME": str(home), "XDG_CACHE_HOME": str(home / "cache")}
         self._process = subprocess.Popen(
             [sys.executable, __file__],
-            env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", **env},
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **env},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
@@ -35,9 +37,7 @@ class Server:
 
         No file that it writes gets larger than `largest_file` bytes; `env` adds to the environment.
         """
-        if self.running:  # a test failed before it ended
-            os.kill(self.running, signal.SIGKILL)
-            self.exit_code()
+        self.kill()  # what a test that failed has left
         request = {"argv": list(map(str, argv)), "cwd": str(cwd), "env": env or {}, "tiny": tiny}
         request |= {"stdout": str(stdout), "stderr": str(stderr), "largest_file": largest_file}
         self._process.stdin.write(json.dumps(request).encode() + b"\n")
@@ -53,7 +53,15 @@ class Server:
         self.running = None
         return int(self._process.stdout.readline())
 
+    def kill(self):
+        """Ends the run, if there still is one."""
+        if self.running:
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.kill(self.running, signal.SIGKILL)
+            self.exit_code()
+
     def close(self):
+        self.kill()
         self._process.stdin.close()
         self._process.wait()
 
@@ -80,7 +88,6 @@ def serve():
             os.environ.update(request["env"])
             if request["largest_file"]:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (request["largest_file"],) * 2)
-            # Eleven convolutions, where it has twenty.
             resnet.BLOCKS_PER_GROUP["resnet18"] = (1, 1, 1, 1)
             if request["tiny"]:
                 resnet.resnet_encoder = tiny_encoder

@@ -18,15 +18,9 @@ from byol_tf import distribution
 from byol_tf.data import views
 from byol_tf.errors import UserError
 
-ROOT = pathlib.Path(__file__).parent.parent
 TINY = [
-    *(
-        "--dataset=image_folder",
-        "--image_size=16",
-        "--encoder=resnet18",
-        "--width_multiplier=0.0625",
-    ),
-    *("--stem=small", "--projector_hidden_size=16", "--projector_output_size=8"),
+    *("--dataset=image_folder", "--image_size=16", "--stem=small", "--encoder=resnet18"),
+    *("--width_multiplier=0.0625", "--projector_hidden_size=16", "--projector_output_size=8"),
     *("--batch_size=12", "--epochs=4", "--warmup_epochs=1"),
     *("--task=pretrain", "--log_every=1", "--precision=float32"),
 ]
@@ -55,7 +49,7 @@ def start(more_images, tmp_path_factory):
     def start(workdir, *flags, **env):
         free = [s for s in servers if not s.running]
         if not free:
-            free = [forked.Server(HOME=str(folder), CUDA_VISIBLE_DEVICES="")]
+            free = [forked.Server(folder)]
             servers.extend(free)
         log = pathlib.Path(tempfile.mkstemp(dir=folder)[1])
         argv = [f"--workdir={workdir}", *TINY, f"--data_dir={more_images}", *flags]

@@ -11,7 +11,6 @@ import collections
 import contextlib
 import json
 import os
-import pathlib
 import random
 import signal
 import sys
@@ -22,7 +21,6 @@ import tensorflow as tf
 
 from byol_tf import checkpoints
 
-ROOT = pathlib.Path(__file__).parent.parent
 KILLS = int(os.environ.get("BYOL_TF_KILLS", 20))
 EPOCH = 3  # steps, of 12 of the 36 images
 WAYS = {

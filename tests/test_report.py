@@ -4,7 +4,6 @@ import functools
 import html.parser
 import io
 import json
-import pathlib
 import re
 import shutil
 import subprocess
@@ -20,7 +19,6 @@ from test_cli import succeed
 from byol_tf import evaluation, report, training
 from byol_tf.data import augment, views
 
-ROOT = pathlib.Path(__file__).parent.parent
 TINY = [*test_cli.TINY, "--log_every=1", "--knn_every=2"]
 PNGS = {"curves.png", "views.png", "neighbours.png", "map.png", "confusion.png"}
 SECTIONS = ["Figures", "Training", "View pairs", "Nearest neighbours", "Map of the embeddings"]

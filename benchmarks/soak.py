@@ -57,10 +57,10 @@ def main():
 @contextlib.contextmanager
 def training(folder):
     """A `Training` that writes into a folder, and does not outlive the block."""
-    with (folder / "output.txt").open("w") as output:
-        command = ["main.py", *TRAINING, f"--workdir={folder / 'run'}", *FLAGS.extra]
+    command = ["main.py", *TRAINING, f"--workdir={folder / 'run'}", *FLAGS.extra]
+    with (folder / "output.txt").open("w") as output, (folder / "errors.txt").open("w") as errors:
         process = subprocess.Popen(
-            [sys.executable, *command], cwd=measure.ROOT, stdout=output, stderr=output
+            [sys.executable, *command], cwd=measure.ROOT, stdout=output, stderr=errors
         )
         try:
             yield Training(process, folder)
@@ -74,7 +74,7 @@ class Training:
 
     def __init__(self, process, folder):
         self.process = process
-        self.output = folder / "output.txt"
+        self.output, self.errors = folder / "output.txt", folder / "errors.txt"
         self.workdir = folder / "run"
         self.saved = set()  # names of all checkpoints seen
 
@@ -130,7 +130,7 @@ class Training:
             self._fail()
 
     def _fail(self):
-        said = measure.last_line(self.output.read_text())
+        said = measure.last_line(self.errors.read_text())
         raise SystemExit(f"error: main.py ended with code {self.process.returncode}: {said}")
 
 

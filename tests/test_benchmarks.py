@@ -145,5 +145,7 @@ def test_a_soak_of_seconds():
         run.stdout,
     )
     steps, epochs, checkpoints, measured = (int(n.replace(",", "")) for n in found.groups())
-    assert steps // 2 - 1 <= epochs <= steps // 2 + 1 and measured == epochs // 2 > 0
+    # SIGTERM may come between an epoch's last step and its measurement.
+    assert steps // 2 - 1 <= epochs <= steps // 2 + 1
+    assert epochs // 2 - 1 <= measured <= epochs // 2 and measured > 0
     assert checkpoints >= 2

@@ -16,6 +16,10 @@ class UserError(ValueError):
     """What was given cannot be used. The message is one line that says what and the mend."""
 
 
+class NoSplit(UserError):
+    """A data set has not the split that was asked for."""
+
+
 class Preempted(BaseException):
     """SIGTERM ends the run. Like an interrupt it is no error, which others would catch."""
 

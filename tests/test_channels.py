@@ -2,10 +2,6 @@
 
 import dataclasses
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -13,12 +9,11 @@ import tensorflow as tf
 from PIL import Image
 
 import byol_tf
-from byol_tf import evaluation, serve
+from byol_tf import evaluation, report, serve
 from byol_tf.data import crop, decode, views
 from byol_tf.data.source import Source
 from byol_tf.data.views import augment_batch, eval_batches, pretrain_batches
 
-ROOT = pathlib.Path(__file__).parent.parent
 COUNT, SIZE = 12, 12
 
 
@@ -70,6 +65,15 @@ def test_views(channels):
 
 
 @pytest.mark.parametrize("channels", [1, 2, 4, 13])
+def test_views_to_look_at(channels):
+    """One or two channels look gray."""
+    pairs = views.view_pairs(make_source(channels), 3, image_size=SIZE)
+    assert pairs.shape == (3, 2, SIZE, SIZE, channels)
+    sheet = report.view_sheet(pairs)
+    assert sheet.shape[-1] == 3 and (np.ptp(sheet, -1).max() == 0) == (channels < 3)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 13])
 def test_eval_batches(channels):
     (batch,) = eval_batches(make_source(channels), image_size=SIZE)
     expected = crop.centre_crop_and_resize(pixels_of(channels), SIZE)
@@ -117,53 +121,44 @@ def test_library_with_13_channels(tmp_path):
     assert raw.vectors.shape == (COUNT, 8 * 8 * 13)
 
 
-def write_images(root):
-    """Dark and bright images of 16 x 16 pixels, gray and in colours, as JPEG and as PNG."""
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 8), ("test", 4)):
-        for name, level in (("dark", 60), ("bright", 190)):
-            (root / split / name).mkdir(parents=True)
-            for i in range(count):
-                image = Image.fromarray(
-                    (level + rng.integers(-50, 50, (16, 16, 3))).astype("uint8")
-                )
-                image = image.convert("L") if i % 2 else image
-                image.save(root / split / name / f"{i}.{'jpg' if i % 4 < 2 else 'png'}")
-
-
 @pytest.mark.slow
-def test_gray_on_the_command_line(tmp_path):
-    """All tasks with --channels=1; the SavedModel gives the same embeddings; nor is it 3 after."""
-    write_images(tmp_path / "images")
+@pytest.mark.parametrize("channels", [1, 4])
+def test_command_line(main, images, tmp_path, channels):
+    """Of one channel, what is written is gray; the SavedModel gives the same embeddings; nor are
+    they three after."""
     workdir = tmp_path / "run"
-    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "CUDA_VISIBLE_DEVICES": ""}
-
-    def main(*flags):
-        command = [sys.executable, str(ROOT / "main.py"), f"--workdir={workdir}", *flags]
-        return subprocess.run(command, env=env, capture_output=True, text=True)
-
-    done = main(
-        *("--task=pretrain,knn,linear_probe,export,embed", "--embed_split=test", "--channels=1"),
-        *("--dataset=image_folder", f"--data_dir={tmp_path / 'images'}", "--eval_split=test"),
+    query = images / "test" / "red" / "0.png"
+    tasks = "pretrain,knn,linear_probe,export,embed,report,search,duplicates"
+    code, _, stderr = main(
+        *(f"--workdir={workdir}", f"--task={tasks}", f"--channels={channels}", f"--query={query}"),
+        *("--dataset=image_folder", f"--data_dir={images}", "--embed_split=test"),
+        *("--eval_split=test", "--duplicate_similarity=0"),
         *("--encoder=resnet18", "--width_multiplier=0.05", "--stem=small", "--image_size=16"),
         *("--projector_hidden_size=16", "--projector_output_size=8", "--optimizer=sgd"),
         *("--batch_size=8", "--epochs=2", "--warmup_epochs=1", "--nobaselines"),
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert code == 0, stderr[-3000:]
     found = json.loads((workdir / "results.json").read_text())
     assert found["steps"] == 4 and {"knn_top1", "probe_top1"} <= found.keys()
     written = np.load(workdir / "embeddings.npz")
-    names = [tmp_path / "images" / name for name in written["name"]]
+    names = [images / name for name in written["name"]]
     signatures = tf.saved_model.load(str(workdir / "saved_model" / "1")).signatures
     encoded = tf.constant([name.read_bytes() for name in names])
     of_bytes = signatures["serving_bytes"](image_bytes=encoded)["embedding"]
     np.testing.assert_allclose(of_bytes, written["embedding"], rtol=1e-4, atol=1e-5)
-    pixels = np.stack([decode.decode(name.read_bytes(), 1) for name in names])
-    assert pixels.shape == (8, 16, 16, 1)
+    pixels = np.stack([decode.decode(name.read_bytes(), channels) for name in names])
+    assert pixels.shape == (8, 20, 24, channels)
     of_pixels = signatures["serving_default"](images=tf.constant(pixels))["embedding"]
     np.testing.assert_allclose(of_pixels, written["embedding"], rtol=1e-4, atol=1e-5)
+    for picture in ("report/views.png", "duplicates.jpg"):
+        assert (np.ptp(colours(workdir / picture), -1).max() < 8) == (channels == 1), picture
 
-    done = main("--task=knn", "--channels=3")
-    assert done.returncode == 1
-    line = done.stderr.splitlines()[-1]
-    assert line.startswith("error: --channels=3: ") and "--channels=1" in line
+    code, _, stderr = main(f"--workdir={workdir}", "--task=knn", "--channels=3")
+    assert code == 1
+    line = stderr.splitlines()[-1]
+    assert line.startswith("error: --channels=3: ") and f"--channels={channels}" in line
+
+
+def colours(path):
+    """The picture of a file, int [H, W, 3]."""
+    return np.asarray(Image.open(path).convert("RGB"), int)

@@ -365,8 +365,14 @@ def test_not_a_flag(main):
     "flags, words",
     [
         (["--data_dir={empty}"], ["--data_dir={empty}", "no image"]),
-        (["--train_split=trian"], ["no split 'trian'", "there are test, train"]),
-        (["--eval_split=tset"], ["no split 'tset'", "there are test, train"]),
+        (
+            ["--train_split=trian"],
+            ["--train_split=trian: ", "no split 'trian'", "there are test, train"],
+        ),
+        (
+            ["--eval_split=tset"],
+            ["--eval_split=tset: ", "no split 'tset'", "there are test, train"],
+        ),
         (["--workdir={file}/run"], ["--workdir={file}/run", "choose a folder"]),
         (["--dataset=cifar01"], ["--dataset=cifar01", "no such data set", "cifar10"]),
         (["--task=knn"], ["no checkpoint", "--task=pretrain"]),

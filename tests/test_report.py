@@ -194,8 +194,9 @@ def test_page_escapes_what_it_shows():
     assert page.headings == ["<h>"]
 
 
-def test_denormalize_undoes_normalize():
-    images = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
+@pytest.mark.parametrize("channels", [1, 2, 3, 5])
+def test_denormalize_undoes_normalize(channels):
+    images = np.arange(256, dtype=np.uint8).repeat(channels).reshape(16, 16, channels)
     assert (augment.denormalize(augment.normalize(images)).numpy() == images).all()
 
 

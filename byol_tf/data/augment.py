@@ -127,8 +127,9 @@ def normalize(images):
 
 
 def denormalize(images):
-    """`normalize` undone, to look at: float [..., 3] -> uint8 [..., 3], rounded."""
-    images = images * tf.constant(IMAGENET_STD) + tf.constant(IMAGENET_MEAN)
+    """`normalize` undone, to look at: float [..., C] -> uint8 [..., C], rounded."""
+    mean, std = _mean_and_std(images.shape[-1])
+    images = images * tf.constant(std) + tf.constant(mean)
     return tf.saturate_cast(tf.round(255.0 * images), tf.uint8)
 
 

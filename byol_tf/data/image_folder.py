@@ -11,7 +11,7 @@ from absl import logging
 
 from byol_tf.data import decode
 from byol_tf.data.source import Source
-from byol_tf.errors import UserError, reason
+from byol_tf.errors import NoSplit, UserError, reason
 
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif")
 _OTHER_EXTENSIONS = (".webp", ".tif", ".tiff", ".avif", ".heic", ".jp2", ".svg")
@@ -50,7 +50,7 @@ def load(split, data_dir, channels=3):
     splits, depth = _splits(files, root)
     canonical = _SPLIT_FOLDERS.get(split, split)
     if canonical not in splits:
-        raise UserError(f"--data_dir={root}: no split {split!r}; there are {', '.join(splits)}.")
+        raise NoSplit(f"--data_dir={root}: no split {split!r}; there are {', '.join(splits)}.")
     class_names = _class_names(splits["all"], depth)
     names = _verified(root, splits[canonical])
     if not names:

@@ -9,7 +9,7 @@ import tensorflow as tf
 from absl import logging
 
 from byol_tf.data import decode
-from byol_tf.errors import UserError, one_line, reason
+from byol_tf.errors import NoSplit, UserError, one_line, reason
 
 _NETWORK_TIMEOUT = 10  # seconds; TFDS itself retries for minutes
 _DIR_FLAGS = {"dataset": "data_dir", "dense_data": "dense_data_dir"}
@@ -177,7 +177,7 @@ def _read(builder, dataset, split, channels, multi_label):
     try:
         num_examples = builder.info.splits[split].num_examples
     except (KeyError, ValueError) as error:
-        raise UserError(
+        raise NoSplit(
             f"--dataset={dataset}: no split {split!r}; there are "
             f"{', '.join(builder.info.splits)}, and parts of them as in 'train[:10%]'."
         ) from error

@@ -196,7 +196,7 @@ def images_at(source, places, image_size):
 
     Args: source: a `byol_tf.data.source.Source`. places: N integers. image_size: in pixels.
 
-    Returns: uint8 array [N, image_size, image_size, 3].
+    Returns: uint8 array [N, image_size, image_size, C].
     """
     wanted = tf.constant(places, tf.int64)
     chosen = source.dataset.filter(lambda record: tf.reduce_any(record["index"] == wanted))
@@ -227,7 +227,7 @@ def view_pairs(
       step: of the training; each gives other views.
       image_size, seed, min_crop_area, augmentation: as of `pretrain_batches`.
 
-    Returns: uint8 array [count, 2, image_size, image_size, 3].
+    Returns: uint8 array [count, 2, image_size, image_size, C].
     """
     count = min(count, source.num_examples)
     among = source.num_examples if source.read else 1024

@@ -102,7 +102,7 @@ def _check_inputs(tasks):
         if evaluated and not run.source(FLAGS.train_split).class_names:
             continue  # nothing to evaluate: the tasks say so and go on
         if not run.source(split, dataset).num_examples:
-            raise UserError(f"split {split!r} of --dataset={dataset} is empty.")
+            raise UserError(f"{run.split_flag(split)}: this part of --dataset={dataset} is empty.")
     if "finetune" in tasks and FLAGS.finetune_dataset:
         evaluate.check_classes()
     for task in set(dense.TARGETS) & set(tasks):

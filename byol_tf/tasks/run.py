@@ -11,6 +11,7 @@ from absl import flags
 from byol_tf import checkpoints, distribution, evaluation, resnet
 from byol_tf.data import views
 from byol_tf.data.source import load_source
+from byol_tf.errors import NoSplit, UserError
 from byol_tf.keras_api import keras
 
 FLAGS = flags.FLAGS
@@ -47,7 +48,16 @@ def verbosity():
 
 def source(split, dataset=None):
     """The `Source` of a split of --dataset, or of another data set of --data_dir."""
-    return _load_source(dataset or FLAGS.dataset, split, FLAGS.data_dir, FLAGS.channels)
+    try:
+        return _load_source(dataset or FLAGS.dataset, split, FLAGS.data_dir, FLAGS.channels)
+    except NoSplit as error:
+        raise UserError(f"{split_flag(split)}: {error}") from error
+
+
+def split_flag(split):
+    """Where a split is from, as in "--train_split=train"."""
+    names = ("train_split", "eval_split", "embed_split")
+    return next(f"--{name}={split}" for name in names if FLAGS[name].value == split)
 
 
 _load_source = functools.lru_cache(maxsize=None)(load_source)

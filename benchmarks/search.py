@@ -19,10 +19,10 @@ from absl import flags
 from benchmarks import measure, worker
 
 FLAGS = flags.FLAGS
+measure.define_flags()
 flags.DEFINE_integer("count", 1_000_000, "Of embeddings.", lower_bound=1000)
 flags.DEFINE_integer("dimensions", 512, "Of an embedding.", lower_bound=16)
 flags.DEFINE_bool("graph", False, "Measure a graph (HNSW) as well, which takes long to build.")
-flags.DEFINE_bool("write", False, "Put the tables into docs/search.md.")
 flags.DEFINE_string("subject", None, "What this process measures; none: starts one for each.")
 flags.DEFINE_string("folder", None, "Of --subject: where the vectors are.")
 

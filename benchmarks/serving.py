@@ -20,9 +20,9 @@ from absl import flags
 from benchmarks import measure
 
 FLAGS = flags.FLAGS
+measure.define_flags()
 flags.DEFINE_string("photos", None, "Folder of photographs in class folders.", required=True)
 flags.DEFINE_integer("requests", 400, "Of each kind.", lower_bound=20)
-flags.DEFINE_bool("write", False, "Put the table into docs/serving.md.")
 
 PAGE = measure.ROOT / "docs" / "serving.md"
 CLIENTS = 8

@@ -9,6 +9,7 @@ import types
 import numpy as np
 import pytest
 
+import byol_tf
 from benchmarks import measure, soak, worker
 
 STEP = {"encoder": "resnet18", "stem": "small", "image_size": 8, "batch_size": 2, "steps": 1}
@@ -59,6 +60,7 @@ def test_memory_of_children_counts():
             ["embed", "--photos=.", "--peer_python=/nowhere"],
             "error: --peer_python=/nowhere: No such",
         ),
+        (["copies", "--photos=.", "--model=/nowhere"], "error: --model=/nowhere: no SavedModel"),
         (["soak", "--extra=--encoder=vgg"], "error: main.py ended with code 1: error: flag --enc"),
         (["input_pipeline", "--photos=.", "--cifar10=/nowhere"], "error: --cifar10=/nowhere: no"),
     ],
@@ -103,6 +105,23 @@ def test_figures_are_written_if_asked_for(tmp_path, monkeypatch, capsys, write):
 def test_the_page_has_the_tables_of_the_json_files(page, table):
     for path in page.with_suffix("").glob("*.json"):
         assert table(json.loads(path.read_text())) in page.read_text(), path.name
+
+
+@pytest.mark.slow
+def test_copies(images, tmp_path):
+    """The less is changed, the more alike; of an encoder that has learned nothing."""
+    encoder = byol_tf.resnet_encoder("resnet18", width_multiplier=0.05, image_size=16)
+    byol_tf.export_encoder(encoder, tmp_path, image_size=16)
+    run = subprocess.run(
+        [sys.executable, "-m", "benchmarks.copies", f"--photos={images / 'test'}"]
+        + [f"--model={tmp_path}"],
+        **{"cwd": measure.ROOT, "capture_output": True, "text": True},
+    )
+    assert run.returncode == 0, run.stderr
+    rows = [line.strip("| ").split(" | ") for line in run.stdout.splitlines()]
+    median = {row[0]: float(row[2]) for row in rows if len(row) == 8 and row[2][0] in "01"}
+    assert 1 >= median["JPEG of quality 75"] >= median["JPEG of quality 30"] > 0
+    assert {"mirrored", "*the nearest different photograph*"} < median.keys() and len(median) == 8
 
 
 def test_what_a_soak_tells():

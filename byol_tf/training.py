@@ -5,6 +5,7 @@ import json
 import signal
 import time
 
+import numpy as np
 import tensorflow as tf
 from absl import logging
 
@@ -218,9 +219,10 @@ class Watch(keras.callbacks.Callback):
         with writing(self.metrics_file.parent):
             with self.metrics_file.open("a") as file:
                 file.write(json.dumps({"step": self._step, **figures}) + "\n")
-            with self.writer.as_default(step=self._step):
+            # NumPy's numbers: TensorFlow keeps a tensor of every Python number for ever.
+            with self.writer.as_default(step=np.int64(self._step)):
                 for name, value in figures.items():
-                    tf.summary.scalar(name, value)
+                    tf.summary.scalar(name, np.float32(value))
 
     def show(self, name, image, step):
         """Writes an image, uint8 [H, W, 3], to TensorBoard."""
@@ -258,7 +260,7 @@ class Watch(keras.callbacks.Callback):
         self._logged = True  # the next line begins anew
         self._unlogged = None
         self._time()
-        k = self._step - 1
+        k = np.int64(self._step - 1)  # not a Python number, as in `write`
         if self.target_update is not None:
             figures["target_ema"] = float(self.target_update.tau(k))
         rate = self.model.optimizer.learning_rate

@@ -3,6 +3,8 @@
 import json
 import logging
 import os
+import pathlib
+import resource
 import signal
 import time
 
@@ -296,3 +298,21 @@ def test_target_update_must_know_its_steps(model):
 def test_target_update_refuses(tau):
     with pytest.raises(ValueError, match="base_target_ema"):
         byol_tf.TargetNetworkUpdate(tau)
+
+
+def test_what_is_logged_is_not_kept_in_memory(watch):
+    """TensorFlow keeps a tensor, of 1 kB, of every Python number that it ever gets."""
+
+    def log(begin, end):
+        for watch._step in range(begin, end):
+            watch.write({f"figure_{i}": watch._step + i / 100 for i in range(40)})
+
+    log(0, 100)
+    before = resident_mb()
+    log(100, 700)
+    assert resident_mb() - before < 20  # 32 of Python numbers; 11, of which pytest keeps most
+
+
+def resident_mb():
+    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20

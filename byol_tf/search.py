@@ -14,6 +14,7 @@ _SAMPLES_PER_LIST = 40  # that the lists' centres are learned from: Faiss's leas
 _PROBES = 8  # lists that are searched for each vector
 _ROUNDING = 1e-3  # of a similarity in half precision, at most
 _CHUNK = 2**16
+_ALIKE = 1e-9  # total variance of unit vectors that is rounding
 
 
 def normalize(vectors):
@@ -21,6 +22,31 @@ def normalize(vectors):
     import faiss  # slow to import
 
     faiss.normalize_L2(vectors)
+
+
+def spread(vectors):
+    """Turns unit vectors into ones in which what many have in common counts less, in place.
+
+    An encoder that has not learned for long uses few directions, in which images that have
+    nothing to do with each other differ by little: their cosines are near 1. So the vectors are
+    centred and, in each principal direction, divided by the square root of its variance plus
+    the mean variance: a whitening that leaves the smallest differences small, as those of copies
+    are. Of vectors that are all alike nothing is changed.
+
+    Args: vectors: float32 [N, D], unit vectors; unit vectors again afterwards.
+    """
+    mean = vectors.mean(axis=0, dtype=np.float64).astype(np.float32)
+    covariance = np.zeros([vectors.shape[1]] * 2)
+    for chunk in _chunks(vectors):
+        covariance += (chunk - mean).T @ (chunk - mean) / len(vectors)
+    variances, directions = np.linalg.eigh(covariance)
+    if variances.sum() < _ALIKE:
+        return
+    scales = np.sqrt(np.maximum(variances, 0) + variances.mean())
+    matrix = (directions / scales).astype(np.float32)
+    for chunk in _chunks(vectors):
+        chunk[:] = (chunk - mean) @ matrix
+    normalize(vectors)
 
 
 def nearest(vectors, queries, k):
@@ -71,7 +97,7 @@ def near_duplicates(vectors, similarity):
     Exact for up to 50,000 vectors; above, a few pairs may be missed (docs/search.md).
 
     Args:
-      vectors: float32 [N, D], unit vectors.
+      vectors: float32 [N, D], unit vectors, best after `spread`.
       similarity: the least cosine similarity of two near-duplicates.
 
     Returns:
@@ -94,6 +120,10 @@ def near_duplicates(vectors, similarity):
     best, best_similarity = np.full(count, -1), np.zeros(count, np.float32)
     best[rows], best_similarity[rows] = others, similarities
     return groups, best, best_similarity
+
+
+def _chunks(vectors):
+    return (vectors[i : i + _CHUNK] for i in range(0, len(vectors), _CHUNK))
 
 
 def _near_pairs(vectors, similarity):

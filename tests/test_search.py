@@ -42,6 +42,30 @@ def test_normalize(vectors):
     assert not zero.any()
 
 
+def test_spread_tells_copies_from_what_is_merely_alike(monkeypatch):
+    """Of embeddings that use one direction of 64, all cosines are near 1; after it only copies'."""
+    rng = np.random.default_rng(0)
+    given = rng.normal(0, 0.02, (200, 64)) + rng.normal(0, 0.1, (200, 1)) * np.eye(64)[1]
+    given = (given + np.eye(64)[0]).astype(np.float32)
+    given = np.concatenate([given, given[:20] + rng.normal(0, 0.002, (20, 64)).astype(np.float32)])
+    search.normalize(given)
+    assert (given @ given.T).min() > 0.8
+    whole, parts = given.copy(), given.copy()
+    search.spread(whole)
+    monkeypatch.setattr(search, "_CHUNK", 50)
+    search.spread(parts)
+    np.testing.assert_allclose(np.abs(parts @ parts.T), np.abs(whole @ whole.T), atol=1e-4)
+    np.testing.assert_allclose(np.linalg.norm(whole, axis=1), 1.0, atol=1e-5)
+    groups, nearest, _ = search.near_duplicates(whole, 0.9)
+    assert len(groups) == 20 and (nearest[:20] == np.arange(200, 220)).all()
+
+
+def test_spread_leaves_what_is_all_alike(vectors):
+    same = np.repeat(vectors[:1], 5, axis=0)
+    search.spread(same)
+    np.testing.assert_array_equal(same, np.repeat(vectors[:1], 5, axis=0))
+
+
 def test_nearest_is_exact(vectors):
     queries = vectors[:5]
     similarities, rows = search.nearest(vectors, queries, 10)

@@ -49,8 +49,8 @@ flags.DEFINE_integer(
 )
 flags.DEFINE_float(
     "duplicate_similarity",
-    0.95,
-    "Of --task=duplicates: the least cosine similarity of two near-duplicates (docs/search.md).",
+    0.9,
+    "Of --task=duplicates: the least similarity of two near-duplicates (docs/search.md).",
     lower_bound=0.0,
     upper_bound=1.0,
 )

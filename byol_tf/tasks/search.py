@@ -75,6 +75,7 @@ def duplicates():
     """Writes the groups of near-duplicates of --embed_split, and shows the largest."""
     vectors, names = embed.up_to_date(run.trained_encoder())
     index.normalize(vectors)
+    index.spread(vectors)
     groups, nearest, similarities = index.near_duplicates(vectors, FLAGS.duplicate_similarity)
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")

@@ -198,6 +198,15 @@ def test_duplicates(main, run):
     Image.open(run / "run" / "duplicates.jpg").load()
 
 
+def test_no_duplicates_leave_no_picture_of_others(main, run, tmp_path):
+    shutil.copy(run / "images/a/0.png", tmp_path)
+    shown = run / "run" / "duplicates.jpg"
+    shown.write_bytes(b"of another limit")
+    flags = [f"--workdir={run / 'run'}", "--task=duplicates", "--embeddings_file=one.npz"]
+    stdout, _ = succeed(main(*flags, f"--data_dir={tmp_path}"))
+    assert "0 groups of near-duplicates, 0 of 1 images" in stdout and not shown.exists()
+
+
 @pytest.mark.slow
 def test_stale_embeddings_are_made_anew(main, run, tmp_path):
     """Of other images, of other weights, and a file that is broken."""

@@ -90,6 +90,7 @@ def duplicates():
     print(f"listed in {run.folder() / 'duplicates.csv'}")
     groups = [group[:_SHOWN_IMAGES] for group in groups[:_SHOWN_GROUPS]]
     if not groups:
+        (run.folder() / "duplicates.jpg").unlink(missing_ok=True)  # of another limit
         return
     shown = _thumbnails(run.source(FLAGS.embed_split), np.concatenate(groups))
     blocks = [

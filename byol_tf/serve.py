@@ -11,6 +11,7 @@ import base64
 import concurrent.futures
 import functools
 import json
+import math
 import os
 import pathlib
 import sys
@@ -224,14 +225,38 @@ def _arguments(argv):
     parser = argparse.ArgumentParser("python -m byol_tf.serve", description=__doc__)
     parser.add_argument("--model", required=True, help="Folder that --task=export wrote.")
     parser.add_argument("--host", default="localhost", help="0.0.0.0: for other machines too.")
-    parser.add_argument("--port", type=int, default=8501, help="TensorFlow Serving's by default.")
-    parser.add_argument("--name", default="encoder", help="Of the model, in its address.")
-    parser.add_argument("--max_batch_size", type=int, default=32, help="Images at a time.")
     parser.add_argument(
-        "--batch_wait_ms", type=float, default=2.0, help="How long an image waits for others."
+        "--port", type=_number(int, 0, 65535), default=8501, help="TensorFlow Serving's by default."
     )
-    parser.add_argument("--max_body_mb", type=int, default=16, help="Of one request.")
+    parser.add_argument("--name", default="encoder", help="Of the model, in its address.")
+    parser.add_argument(
+        "--max_batch_size", type=_number(int, 1, 1024), default=32, help="Images at a time."
+    )
+    parser.add_argument(
+        "--batch_wait_ms",
+        type=_number(float, 0, 60_000),
+        default=2.0,
+        help="How long an image waits for others.",
+    )
+    parser.add_argument(
+        "--max_body_mb", type=_number(int, 1, 1024), default=16, help="Of one request."
+    )
     return parser.parse_args(argv)
+
+
+def _number(kind, low, high):
+    """Function from an argument's text to an int or a float of this range."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low} to {high}")
+        return value
+
+    return parse
 
 
 def main(argv=None):
@@ -263,7 +288,7 @@ def main(argv=None):
             shutdown_timeout=_GRACE,
             print=lambda _: print(line, flush=True),
         )
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         sys.exit(f"error: --host={host} --port={port}: {one_line(error)}: choose another.")
 
 

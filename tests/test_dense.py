@@ -396,6 +396,8 @@ def test_errors(tmp_path, prepared):
     )
     assert "must be float [2, 32, 32]" in error_of(str(root), "train", "depths")
     assert "test/images.npy: no array" in error_of(str(root), "test", "masks")
+    nowhere = f"{root}_of_before"
+    assert f"--dense_data={nowhere}: no such folder" in error_of(nowhere, "test", "masks")
     (root / "train" / "images.npy").write_bytes(b"no array")
     assert "images.npy: no array that can be read" in error_of(str(root), "train", "masks")
     np.save(root / "train" / "images.npy", images.astype(float))

@@ -231,6 +231,17 @@ def test_what_cannot_be_served(exported, tmp_path, port):
         serve.main([f"--model={exported}", f"--port={port}"])
 
 
+@pytest.mark.parametrize(
+    "argument",
+    ["--port=65536", "--port=http", "--max_batch_size=0", "--batch_wait_ms=nan", "--max_body_mb=0"],
+)
+def test_arguments_out_of_range(argument, capsys):
+    with pytest.raises(SystemExit):
+        serve.main(["--model=none", argument])
+    name, value = argument.split("=")
+    assert f"error: argument {name}: {value!r} is not a number from" in capsys.readouterr().err
+
+
 def test_without_aiohttp(monkeypatch):
     monkeypatch.setitem(sys.modules, "aiohttp", None)
     with pytest.raises(SystemExit, match="needs aiohttp: pip install aiohttp"):

@@ -73,6 +73,8 @@ def load_dense(data, split, target, data_dir=None):
     folder = pathlib.Path(data).expanduser()
     if folder.is_dir():
         return _from_arrays(folder / split, target)
+    if folder.is_absolute() or str(data).startswith("."):  # no name of TFDS
+        raise UserError(f"--dense_data={data}: no such folder: check the path.")
     return _from_tfds(data, split, target, data_dir)
 
 

@@ -8,8 +8,9 @@ import pathlib
 import tempfile
 
 import tensorflow as tf
+from absl import logging
 
-from byol_tf.errors import UserError
+from byol_tf.errors import UserError, reason
 
 _ANY_NUMBER = 1024
 # What a sum over the workers ends with where one of them is gone.
@@ -113,6 +114,7 @@ def all_alive(strategy):
     except _LOST_WORKER as error:
         if num_workers(strategy) == 1:
             raise
+        logging.warning("what was done together with the other workers failed: %s", reason(error))
         raise UserError(
             "another worker has ended or cannot be reached: start all of them again with the same "
             "command, which goes on from the last checkpoint."

@@ -162,6 +162,7 @@ def test_a_killed_worker_ends_the_others_and_all_resume(start_workers, tmp_path)
     print(f"the other worker ended after {time.monotonic() - begin:.0f} s")
     # Seldom the last line: TensorFlow's own pool of threads may grumble as Python ends.
     assert codes[0] == 1 and "\nerror: another worker has ended" in outputs[0]
+    assert "together with the other workers failed: " in outputs[0]  # what TensorFlow says
     resumed_at = int(tf.train.latest_checkpoint(str(tmp_path / "checkpoints")).rsplit("-")[-1])
     assert resumed_at >= 3
     until = resumed_at + 3

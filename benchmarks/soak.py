@@ -9,6 +9,7 @@ step are its own. Time in which the benchmark itself was stopped does not count.
 import contextlib
 import json
 import pathlib
+import platform
 import re
 import signal
 import subprocess
@@ -51,7 +52,9 @@ def main():
             **figures(samples),
             "whole_run": run.counts(),
         }
-    measure.publish(PAGE, "soak", record, table(record))
+    # Each Python has a table of its own: they differ in what they leave in memory.
+    name = f"soak_{'.'.join(platform.python_version_tuple()[:2])}"
+    measure.publish(PAGE, name, record, table(record))
 
 
 @contextlib.contextmanager
@@ -191,7 +194,8 @@ def table(record):
         "CPU seconds a step": "cpu_seconds_per_step",
     }
     lines = [
-        f"| {record['minutes']:.3g} minutes of training | first quarter | last quarter | change |",
+        f"| {record['minutes']:.3g} minutes of training, Python {record['python']} "
+        "| first quarter | last quarter | change |",
         "|---|---|---|---|",
     ]
     for title, name in rows.items():

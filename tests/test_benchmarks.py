@@ -149,8 +149,9 @@ def test_what_a_soak_tells():
     assert (first["cpu_seconds_per_step"], last["cpu_seconds_per_step"]) == (0.15, 0.3)
     assert last["memory_mb"] - first["memory_mb"] == pytest.approx(30, abs=0.5)
     counts = {"steps": 27000, "epochs": 9, "checkpoints": 8, "knn_measurements": 7}
-    origin = {"command": "x", "cpu": "y", "versions": {}}
+    origin = {"command": "x", "cpu": "y", "python": "3.12.1", "versions": {}}
     table = soak.table({**origin, **found, "whole_run": counts})
+    assert "| 60 minutes of training, Python 3.12.1 | first quarter |" in table
     assert "| CPU seconds a step | 0.15 | 0.3 | +100.0 % |" in table
     assert "27,000 steps, 9 epochs, 8 checkpoints, 7 measurements of k-NN" in table
 

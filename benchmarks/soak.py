@@ -9,7 +9,6 @@ step are its own. Time in which the benchmark itself was stopped does not count.
 import contextlib
 import json
 import pathlib
-import platform
 import re
 import signal
 import subprocess
@@ -53,8 +52,8 @@ def main():
             "whole_run": run.counts(),
         }
     # Each Python has a table of its own: they differ in what they leave in memory.
-    name = f"soak_{'.'.join(platform.python_version_tuple()[:2])}"
-    measure.publish(PAGE, name, record, table(record))
+    version = record["python"].rpartition(".")[0]
+    measure.publish(PAGE, f"soak_{version}", record, table(record))
 
 
 @contextlib.contextmanager

@@ -87,14 +87,13 @@ def learn(task, data, frozen, steps):
         form = {"crop": SIZE, "batch_size": 8, "num_classes": 3}
         batches, target, loss = segmentation_batches, "masks", dense.segmentation_loss
         metric, rate = dense.mean_iou(3), 0.1
+        train = batches(data(target), **form, seed=0)
     else:
         model = dense.depth_model(encoder, frozen=frozen)
         form = {"crop": (SIZE, SIZE), "scale": 1.0, "batch_size": 8}
         batches, target, loss = depth_batches, "depths", dense.berhu
         metric, rate = dense.DepthFigures(), 0.005
-    if task == "segmentation":
-        train = batches(data(target), **form, seed=0)
-    else:  # with the changes of brightness, of which these rooms' depths are made, it takes long
+        # As to evaluate: changes of brightness, which tells these rooms' depths, would hide them.
         train = batches(data(target), **form).repeat()
     options = {"steps": steps, "learning_rate": rate, "weight_decay": 1e-4, "verbose": 0}
     assert dense.train(model, train, loss, **options)

@@ -5,7 +5,8 @@ import math
 import tensorflow as tf
 
 from byol_tf.backbone import resnet_backbone
-from byol_tf.classifier import loss_and_accuracy
+from byol_tf.classifier import loss_and_accuracy, means_of_known
+from byol_tf.distribution import of_all_replicas
 from byol_tf.errors import UserError
 from byol_tf.keras_api import keras
 from byol_tf.resnet import batch_norm
@@ -126,7 +127,7 @@ def mean_iou(num_classes):
 
 
 def berhu(depths, predictions):
-    """The reverse Huber loss, averaged over the pixels with a depth: a float32 scalar.
+    """The reverse Huber loss, averaged over the batch's pixels with a depth: a float32 scalar.
 
     |r| up to c, (r^2 + c^2) / 2c above, where c is a fifth of the largest |r| of the batch
     (Laina et al. 2016, section 3.3).
@@ -135,10 +136,11 @@ def berhu(depths, predictions):
     """
     known = depths > 0
     residuals = tf.where(known, tf.abs(predictions - depths), 0.0)
-    c = tf.stop_gradient(tf.maximum(tf.reduce_max(residuals) / 5.0, _TINY))
+    largest = tf.reduce_max(of_all_replicas(tf.stop_gradient(tf.reduce_max(residuals))[tf.newaxis]))
+    c = tf.maximum(largest / 5.0, _TINY)
     losses = tf.where(residuals <= c, residuals, (residuals**2 + c**2) / (2.0 * c))
-    count = tf.reduce_sum(tf.cast(known, tf.float32))
-    return tf.math.divide_no_nan(tf.reduce_sum(losses), count)
+    (mean,) = means_of_known(tf.cast(known, tf.float32), losses)
+    return mean
 
 
 class DepthFigures(keras.metrics.Metric):

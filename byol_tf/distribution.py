@@ -86,6 +86,35 @@ def chief_first(strategy):
         _await_all(strategy)
 
 
+def all_reduce(op, value):
+    """What the replicas have of a tensor, summed or averaged, for each of them.
+
+    Outside of a step and where there is one replica, the tensor itself.
+
+    Args: op: "SUM" or "MEAN". value: a tensor, of the same shape on each replica.
+    """
+    context = tf.distribute.get_replica_context()
+    if context is None or context.num_replicas_in_sync == 1:
+        return value
+    return context.all_reduce(op, value)
+
+
+def of_all_replicas(values):
+    """The tensors [B, ...] of every replica behind each other: [global batch, ...].
+
+    A sum of what is zero elsewhere: unlike a gather it keeps its order among the sums of
+    batch norm and gradients, without which replicas on one machine mix them up.
+    """
+    context = tf.distribute.get_replica_context()
+    if context is None or context.num_replicas_in_sync == 1:
+        return values
+    place = tf.one_hot(
+        context.replica_id_in_sync_group, context.num_replicas_in_sync, dtype=values.dtype
+    )
+    stacked = all_reduce("SUM", tf.tensordot(place, values, 0))
+    return tf.reshape(stacked, tf.concat([[-1], tf.shape(values)[1:]], 0))
+
+
 def _await_all(strategy):
     any_worker(strategy, False)
 

@@ -3,6 +3,7 @@
 import tensorflow as tf
 
 from byol_tf.classifier import linear_classifier, loss_and_accuracy
+from byol_tf.distribution import all_reduce, of_all_replicas
 from byol_tf.keras_api import keras
 from byol_tf.resnet import mlp
 from byol_tf.target_update import TargetNetworkUpdate
@@ -51,46 +52,41 @@ def contrastive_loss(prediction, same_view, other_view, temperature):
     size = tf.shape(prediction)[0]
     replica = tf.distribute.get_replica_context().replica_id_in_sync_group
     own = replica * size + tf.range(size)
-    negatives = [_of_all_replicas(l2_normalize(z), own) for z in (same_view, other_view)]
+    negatives = [of_all_replicas(l2_normalize(z)) for z in (same_view, other_view)]
     similarity = tf.matmul(l2_normalize(prediction), tf.concat(negatives, 0), transpose_b=True)
     itself = tf.one_hot(own, tf.shape(similarity)[1], on_value=similarity.dtype.min, off_value=0.0)
     logits = similarity / temperature + itself
     return 2.0 * temperature * tf.reduce_logsumexp(logits, -1)
 
 
-def _of_all_replicas(vectors, positions):
-    """The vectors [B, D] of every replica, [global batch, D], each at its position.
-
-    A sum of what is zero elsewhere: unlike a gather it keeps its order among the sums of
-    batch norm and gradients, without which replicas on one machine mix them up.
-    """
-    context = tf.distribute.get_replica_context()
-    count = tf.shape(vectors)[0] * context.num_replicas_in_sync
-    places = tf.one_hot(positions, count, axis=0)
-    return context.all_reduce(tf.distribute.ReduceOp.SUM, tf.matmul(places, vectors))
-
-
 def projection_std(projections):
     """How far the normalised projections spread: 1 on a uniform sphere, 0 when collapsed.
 
-    The standard deviation over the batch, averaged over the D dimensions, times sqrt(D)
-    (SimSiam, section 4.1, watches the same). projections: float [B, D].
+    The standard deviation over the global batch, averaged over the D dimensions, times sqrt(D)
+    (SimSiam, section 4.1, watches the same). projections: float [B, D], of this replica.
     """
-    z = l2_normalize(projections)
-    return tf.reduce_mean(tf.math.reduce_std(z, 0)) * tf.sqrt(float(z.shape[-1]))
+    z = _centred(l2_normalize(projections))
+    variances = all_reduce("MEAN", tf.reduce_mean(tf.square(z), 0))
+    return tf.reduce_mean(tf.sqrt(variances)) * tf.sqrt(float(z.shape[-1]))
 
 
 def effective_rank(representations):
-    """How many directions the representation really uses, from 1 to min(B - 1, D).
+    """How many directions the representation really uses, from 1 to D or the batch less 1.
 
-    The participation ratio (sum of eigenvalues)^2 / sum of squared eigenvalues of the
-    batch's covariance, from the Gram matrix: two matmuls, no decomposition, so that it can
-    be watched at every step. representations: float [B, D].
+    The participation ratio (sum of eigenvalues)^2 / sum of squared eigenvalues of the global
+    batch's covariance: one matmul, no decomposition, so that it can be watched at every step.
+    representations: float [B, D], of this replica.
     """
-    x = tf.cast(representations, tf.float32)
-    x -= tf.reduce_mean(x, 0)
-    gram = tf.matmul(x, x, transpose_b=True)
-    return tf.math.divide_no_nan(tf.square(tf.linalg.trace(gram)), tf.reduce_sum(tf.square(gram)))
+    x = _centred(tf.cast(representations, tf.float32))
+    covariance = all_reduce("SUM", tf.matmul(x, x, transpose_a=True))  # its scale cancels out
+    return tf.math.divide_no_nan(
+        tf.square(tf.linalg.trace(covariance)), tf.reduce_sum(tf.square(covariance))
+    )
+
+
+def _centred(x):
+    """Less the mean of the global batch. x: float [B, D], of this replica."""
+    return x - all_reduce("MEAN", tf.reduce_mean(x, 0))
 
 
 def unpack_views(batch, augment=None):
@@ -269,8 +265,8 @@ class BYOL(keras.Model):
         )
         logs = {
             "prediction_loss": loss,
-            "projection_std": projection_std(projection1),
-            "effective_rank": effective_rank(representation1),
+            "projection_std": projection_std(tf.stop_gradient(projection1)),
+            "effective_rank": effective_rank(tf.stop_gradient(representation1)),
         }
         if self.contrastive_weight:
             loss += self.contrastive_weight * tf.reduce_mean(

@@ -143,7 +143,7 @@ def test_workers_are_one_process(start, start_workers, tmp_path, count):
             break
     assert found[-1] < 1e-4, found
     assert steps(together) == [1, 2, 3]  # one writes
-    for name in ("loss", "classifier_loss"):
+    for name in ("loss", "classifier_loss", "projection_std", "effective_rank"):
         of_one, of_all = ([line[name] for line in lines(w)] for w in (alone, together))
         np.testing.assert_allclose(of_all, of_one, rtol=1e-4)
     assert not outputs[2].strip()  # and speaks

@@ -200,8 +200,12 @@ def test_encoder_must_give_vectors():
 
 
 def test_two_replicas_are_one(tiny_encoder, mirrored):
-    """The same global batches give the same weights, statistics and target."""
-    weights, initial = [], None
+    """The same global batches give the same weights, statistics, target and log, although one
+    replica has all the labels."""
+    weights, logs, initial = [], [], None
+    data = dataset(size=16, steps=4).map(
+        lambda b: {**b, "label": tf.where(tf.range(16) < 6, b["label"], -1)}
+    )
     for strategy in (tf.distribute.get_strategy(), mirrored):
         with strategy.scope():
             keras.utils.set_random_seed(5)
@@ -213,10 +217,12 @@ def test_two_replicas_are_one(tiny_encoder, mirrored):
         initial = initial or [w.numpy() for w in model.online_weights + model.target_weights]
         for weight, value in zip(model.online_weights + model.target_weights, initial):
             weight.assign(value)
-        model.fit(
-            dataset(size=16, steps=4), callbacks=[byol_tf.TargetNetworkUpdate(0.5)], verbose=0
-        )
+        model.fit(data, callbacks=[byol_tf.TargetNetworkUpdate(0.5)], verbose=0)
         weights.append([w.numpy() for w in model.online_weights + model.target_weights])
+        logs.append(model.history.history)
+    assert logs[0].keys() == logs[1].keys() >= {"effective_rank", "projection_std"}
+    for name in logs[0]:
+        np.testing.assert_allclose(logs[1][name], logs[0][name], rtol=1e-3)
     for one, two, before in zip(*weights, initial):
         np.testing.assert_allclose(two, one, rtol=2e-4, atol=2e-5)
     assert any(np.abs(one - before).max() > 1e-3 for one, before in zip(weights[0], initial))

@@ -11,6 +11,7 @@ from byol_tf.errors import Preempted, UserError, one_line
 
 FLAGS = flags.FLAGS
 PREEMPTED = 75  # EX_TEMPFAIL: run the same command again
+INTERRUPTED = 130  # by Ctrl-C, as shells have it
 
 
 def parse(argv):
@@ -52,7 +53,8 @@ def main(argv):
         print(f"{stopped}: the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(PREEMPTED)
     except KeyboardInterrupt:
-        sys.exit("interrupted: the same command goes on from the last checkpoint")
+        print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 def _stop(number, frame):

@@ -1,24 +1,25 @@
 """The encoder's feature maps C2 to C5, for dense prediction and detectors of other libraries."""
 
-import os
 import pathlib
 import re
 import warnings
 
 from byol_tf.batch_norm import SyncBatchNormalization
 from byol_tf.keras_api import keras
+from byol_tf.whole import whole_file
 
 
-def resnet_backbone(encoder, *, dilated=False):
+def resnet_backbone(encoder, *, dilated=False, keras_only=True):
     """A copy of an encoder that gives the feature map of each of its groups.
 
-    The copy has layers of Keras alone, so that what is saved of it loads without byol_tf, and
-    weights of its own: to train it leaves the encoder as it is.
+    It has weights of its own: to train it leaves the encoder as it is.
 
     Args:
       encoder: from `byol_tf.resnet_encoder`, trained or not.
       dilated: give the 3x3 convolutions of the last group dilation 2 and stride 1 (appendix
         D.4): "C5" then has the resolution of "C4", with the same weights.
+      keras_only: take layers of Keras alone, so that what is saved of it loads without byol_tf.
+        False: batch norm shares its statistics across replicas where the encoder's does.
 
     Returns:
       A `keras.Model` from normalised images, float [B, H, W, C] of any size, to a dict of "C2",
@@ -36,11 +37,12 @@ def resnet_backbone(encoder, *, dilated=False):
 
     def copy(layer):
         config = layer.get_config()
-        if isinstance(layer, SyncBatchNormalization):
+        if keras_only and isinstance(layer, SyncBatchNormalization):
             return keras.layers.BatchNormalization.from_config(config)
         if dilated and layer.name.startswith(groups[-1]) and "strides" in config:
-            dilation = 2 if layer.kernel_size == (3, 3) else 1
-            config.update(strides=(1, 1), dilation_rate=(dilation, dilation))
+            config["strides"] = (1, 1)
+            if config.get("kernel_size") == (3, 3):
+                config["dilation_rate"] = (2, 2)
         return type(layer).from_config(config)
 
     images = keras.Input((None, None, encoder.input_shape[-1]), name="images")
@@ -63,11 +65,6 @@ def save_backbone(backbone, path):
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="You are saving your model as an HDF5 file")
-            backbone.save(unfinished, save_format="h5", include_optimizer=False)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with whole_file(path) as unfinished, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="You are saving your model as an HDF5 file")
+        backbone.save(unfinished, save_format="h5", include_optimizer=False)

@@ -13,9 +13,11 @@ import tensorflow as tf
 from absl import flags, logging
 from tensorflow.core.protobuf import trackable_object_graph_pb2
 
+from byol_tf import distribution
 from byol_tf.errors import UserError
 from byol_tf.keras_api import keras
 from byol_tf.resnet import BASIC, BLOCKS_PER_GROUP
+from byol_tf.whole import name_of_unfinished
 from byol_tf.workdir import cannot_write, write_text
 
 FLAGS = flags.FLAGS
@@ -100,7 +102,8 @@ class Manager:
             self.folder.mkdir(parents=True, exist_ok=True)
             unfinished = self.folder / _UNFINISHED
             try:
-                self.checkpoint.write(str(unfinished / name))
+                with distribution.all_alive(tf.distribute.get_strategy()):  # which all do together
+                    self.checkpoint.write(str(unfinished / name))
                 _move_parts(unfinished, self.folder, name)
             finally:
                 shutil.rmtree(unfinished, ignore_errors=True)
@@ -379,9 +382,9 @@ def remove_leftovers(workdir):
         _remove_parts(folder / "best", [f"ckpt-{best['step']}"])
     exports = workdir / "saved_model"
     for place in (workdir, folder, folder / "best", exports):
-        leftovers += [path for path in place.glob(".*") if re.fullmatch(r"\..+\.\d+", path.name)]
+        leftovers += [path for path in place.glob(".*") if name_of_unfinished(path)]
     for aside in exports.glob(".*.old.*"):
-        replaced = exports / re.fullmatch(r"\.(.+)\.old\.\d+", aside.name)[1]
+        replaced = exports / (name_of_unfinished(aside) or "").removesuffix(".old")
         if not replaced.exists():  # killed between the two moves of an export
             aside.rename(replaced)
     for path in filter(os.path.exists, leftovers):

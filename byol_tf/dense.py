@@ -69,7 +69,7 @@ def _last_map(encoder, dilated, frozen):
         raise UserError(
             f"dense transfer is of images of 3 channels; the encoder has {encoder.input_shape[-1]}."
         )
-    backbone = resnet_backbone(encoder, dilated=dilated)
+    backbone = resnet_backbone(encoder, dilated=dilated, keras_only=False)
     backbone.trainable = not frozen
     images = keras.Input(backbone.input_shape[1:], name="images")
     *_, last = backbone(images).values()

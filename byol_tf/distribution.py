@@ -2,9 +2,12 @@
 
 import contextlib
 import functools
+import hashlib
 import json
 import os
 import pathlib
+import re
+import signal
 import tempfile
 
 import tensorflow as tf
@@ -131,6 +134,23 @@ def _sum(strategy, value):
     return strategy.reduce("SUM", strategy.run(tf.identity, args=(value,)), axis=None)
 
 
+def check_alike(strategy, value, problem):
+    """Ends all processes where they differ in a value; all must ask at the same time.
+
+    Args: value: anything whose `repr` tells it. problem: what to say then.
+
+    Raises:
+      UserError: in all of them.
+    """
+    if num_workers(strategy) == 1:
+        return
+    # 16 bits, of which float32 has exact sums.
+    digest = int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:2], "big")
+    total = float(_sum(strategy, tf.constant(float(digest))))
+    if any_worker(strategy, total != strategy.num_replicas_in_sync * digest):
+        raise UserError(problem)
+
+
 @contextlib.contextmanager
 def all_alive(strategy):
     """Turns what a worker meets with when another is gone into one line.
@@ -169,24 +189,45 @@ def _multi_worker():
             resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver()
         elif "SLURM_STEP_NUM_TASKS" in os.environ:
             source = "Slurm"
-            # Slurm shows every task its own GPUs: the resolver need not divide them.
-            resolver = tf.distribute.cluster_resolver.SlurmClusterResolver(
-                gpus_per_node=_ANY_NUMBER, gpus_per_task=1, auto_set_gpu=False
-            )
+            resolver = _slurm_cluster()
         else:
             raise UserError(
                 "--strategy=multi_worker: neither TF_CONFIG nor a Slurm step names the machines: "
                 "set TF_CONFIG, or start with srun (docs/distributed.md)."
             )
-        return tf.distribute.MultiWorkerMirroredStrategy(cluster_resolver=resolver)
+        workers = resolver.cluster_spec().as_dict()
+        addresses = [address for job in workers.values() for address in job]
+        if len(addresses) > 1:
+            logging.info("awaiting the workers %s", ", ".join(addresses))
+        strategy = tf.distribute.MultiWorkerMirroredStrategy(cluster_resolver=resolver)
+        # TensorFlow has put a handler of its own in its place, which does nothing.
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+        return strategy
     # A cluster that is not one, or not there yet, is said in many ways.
     except (ValueError, TypeError, KeyError, RuntimeError, tf.errors.OpError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(
-            f"--strategy=multi_worker: no cluster from {source}: {_first_line(error)}: see "
+            f"--strategy=multi_worker: no cluster from {source}: {_first_sentence(error)}: see "
             "docs/distributed.md."
         ) from error
+
+
+def _slurm_cluster():
+    """The workers of the Slurm step, each with all GPUs that Slurm shows to it."""
+    resolvers = tf.distribute.cluster_resolver
+    # Asked only for the addresses: it would divide a machine's GPUs, which Slurm has done.
+    slurm = resolvers.SlurmClusterResolver(
+        gpus_per_node=_ANY_NUMBER, gpus_per_task=1, auto_set_gpu=False
+    )
+    workers = slurm.cluster_spec()
+    return resolvers.SimpleClusterResolver(
+        workers,
+        task_type=slurm.task_type,
+        task_id=slurm.task_id,
+        rpc_layer=slurm.rpc_layer,
+        num_accelerators={"GPU": len(tf.config.list_physical_devices("GPU"))},
+    )
 
 
 def _check_tf_config(text):
@@ -207,12 +248,12 @@ def _tpu(name):
         tf.tpu.experimental.initialize_tpu_system(resolver)
     except (ValueError, RuntimeError, OSError, tf.errors.OpError) as error:
         raise UserError(
-            f"--strategy=tpu --tpu={name}: no TPU there: {_first_line(error)}: see "
+            f"--strategy=tpu --tpu={name}: no TPU there: {_first_sentence(error)}: see "
             "docs/distributed.md."
         ) from error
     return tf.distribute.TPUStrategy(resolver)
 
 
-def _first_line(error):
-    lines = str(error).strip().splitlines() or [repr(error)]
-    return f"{type(error).__name__}, {lines[0].rstrip('.')}"
+def _first_sentence(error):
+    sentences = re.split(r"\.\s|\n", str(error).strip() or repr(error))
+    return f"{type(error).__name__}, {sentences[0].rstrip('.')}"

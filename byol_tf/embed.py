@@ -1,11 +1,12 @@
 """Embeddings in a file that NumPy or any table tool reads."""
 
 import json
-import os
 import pathlib
 import zipfile
 
 import numpy as np
+
+from byol_tf.whole import whole_file
 
 FORMATS = (".npz", ".parquet")
 
@@ -32,13 +33,9 @@ def write_embeddings(features, path, class_names=None, origin=None):
     if path.suffix not in FORMATS:
         raise ValueError(f"{path}: must end in {' or '.join(FORMATS)}.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     write = _write_npz if path.suffix == ".npz" else _write_parquet
-    try:
+    with whole_file(path) as unfinished:
         write(features, unfinished, class_names, origin)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def read_embeddings(path):

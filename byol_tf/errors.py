@@ -30,8 +30,13 @@ def one_line(text):
     return line if len(line) <= _LENGTH else line[:_LENGTH] + "..."
 
 
+def _asserted(match):
+    return " ".join(re.findall(r"\[(.*?)\]", match[1]))
+
+
 def reason(error):
     """What a `tf.errors.OpError` says, without where in TensorFlow it says it."""
     message = _PLACES.sub("", error.message)
     message = re.sub(r".*Summarized data: b'(.*?)'", r"\1", message, flags=re.DOTALL)
+    message = re.sub(r"assertion failed: ((?:\[.*?\] ?)+)", _asserted, message)
     return one_line(message) or type(error).__name__

@@ -1,11 +1,11 @@
 """The encoder as a SavedModel that serves: images or encoded bytes in, embeddings out."""
 
-import os
 import pathlib
 import shutil
 
 import tensorflow as tf
 
+from byol_tf import whole
 from byol_tf.data import augment, crop, decode
 
 
@@ -62,18 +62,18 @@ def export_encoder(encoder, directory, *, image_size, channels=3):
 
     directory = pathlib.Path(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = directory.with_name(f".{directory.name}.{os.getpid()}")
+    new = whole.unfinished(directory)
     try:
-        tf.saved_model.save(module, str(unfinished), signatures=signatures)
-        _replace_directory(unfinished, directory)
+        tf.saved_model.save(module, str(new), signatures=signatures)
+        _replace_directory(new, directory)
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def _replace_directory(new, old):
     """Puts the directory `new` in the place of `old`, which may not exist yet."""
     if old.exists():
-        aside = old.with_name(f".{old.name}.old.{os.getpid()}")
+        aside = whole.unfinished(old.with_name(f"{old.name}.old"))
         old.rename(aside)
         new.rename(old)
         shutil.rmtree(aside)

@@ -15,6 +15,9 @@ BLOCKS_PER_GROUP = {
 }
 STEMS = ("imagenet", "small")
 BASIC = ("resnet18", "resnet34")  # two 3x3 convolutions a block; the others are bottlenecks
+# With fewer the gradient of a 1x1 kernel of stride 2 writes where it may not, at odd batches: on
+# CPUs, by TensorFlow 2.15 and 2.21. So the stride is taken before.
+_LEAST_CHANNELS = 16
 
 
 def kernel_initializer():
@@ -119,6 +122,9 @@ def resnet(
     """
 
     def conv(x, filters, kernel_size, strides, scope):
+        if (kernel_size, strides) == (1, 2) and x.shape[-1] < _LEAST_CHANNELS:
+            x = keras.layers.MaxPool2D(1, strides, name=f"{scope}_stride")(x)
+            strides = 1
         return keras.layers.Conv2D(
             filters,
             kernel_size,

@@ -205,7 +205,13 @@ def make_app(encoder, *, name="encoder", max_body_mb=16, max_batch_size=32):
         return web.Response(text=text, content_type="application/json")
 
     def embed(body):
-        return {"embedding": encoder.embed_bytes([body])[0].tolist()}
+        try:
+            return {"embedding": encoder.embed_bytes([body])[0].tolist()}
+        except tf.errors.InvalidArgumentError as error:
+            raise ValueError(
+                f"{reason(error)}: the body must be an image file as it is, as curl's "
+                "--data-binary @FILE sends it"
+            ) from error
 
     async def status(request):
         state = {"version": encoder.version, "state": "AVAILABLE"}

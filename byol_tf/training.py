@@ -155,13 +155,12 @@ class StopOnSigterm(keras.callbacks.Callback):
 class Watch(keras.callbacks.Callback):
     """Logs to metrics.jsonl and TensorBoard, and looks out for collapse and NaN.
 
-    Losses, accuracy, deviation and rank are means since the line before or the epoch's
-    begin, the other figures those of the step; `images_per_second` leaves out the first
-    step, which compiles.
+    Losses, accuracy, deviation and rank are means since the line before, the other figures
+    those of the step; `images_per_second` leaves out the first step, which compiles.
 
     Args:
       workdir: folder of metrics.jsonl and tensorboard/.
-      log_every: steps between two lines.
+      log_every: steps between two lines; an epoch's last step always has one.
       batch_size: global, in images.
       target_update: a `TargetNetworkUpdate`, to log its tau, or None without target network.
       manager: a `checkpoints.Manager`, to name the last checkpoint in an error.
@@ -207,9 +206,11 @@ class Watch(keras.callbacks.Callback):
         if self._step % self.log_every == 0:
             self._log(logs)
 
-    def on_train_end(self, logs=None):
+    def on_epoch_end(self, epoch, logs=None):
         if self._unlogged is not None:
-            self._log(self._unlogged)  # so that the last step has a line
+            self._log(self._unlogged)  # Keras begins its means anew
+
+    def on_train_end(self, logs=None):
         self._time()
         with writing(self.metrics_file.parent):
             self.writer.flush()

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import pathlib
 import sys
 
@@ -10,6 +9,7 @@ from absl import flags, logging
 
 from byol_tf import config
 from byol_tf.errors import UserError
+from byol_tf.whole import whole_file
 
 FLAGS = flags.FLAGS
 # Of these the networks' shapes depend, so no task can use a checkpoint of others.
@@ -26,6 +26,14 @@ _FREE_FLAGS = {
     *("query", "neighbours", "duplicate_similarity"),
     *("strategy", "logical_cpus", "augment_on", "deterministic", "intra_op_threads"),
     *(flag.name for flag in FLAGS.get_flags_for_module(config.evaluation.__name__)),
+}
+_OF_A_COMMAND = {
+    *("max_steps", "query", "strategy", "tpu", "logical_cpus", "intra_op_threads"),
+}
+# These may differ from worker to worker.
+_OF_A_WORKER = {
+    *("workdir", "data_dir", "dense_data_dir", "transfer_data_dir"),
+    *("logical_cpus", "intra_op_threads"),
 }
 
 
@@ -59,12 +67,12 @@ def read_flags(workdir):
 def write_flags(workdir, names=None):
     """Writes the flags of this run, or only those named, as a flagfile.
 
-    Not --max_steps and --query, which are of one command, not of the run.
+    Not those that are of one command, or of the machine that it ran on.
     """
     lines = [
         line
         for name, line in own_flags().items()
-        if name not in ("max_steps", "query") and (names is None or name in names)
+        if name not in _OF_A_COMMAND and (names is None or name in names)
     ]
     write_text(_file(workdir, "flags.txt"), "\n".join(lines) + "\n")
 
@@ -85,6 +93,11 @@ def set_flags(values, source):
         if not flag.using_default_value and flag.value != value:
             raise UserError(f"--{name}={flag.value}: {source} has {value}: leave the flag out.")
         FLAGS[name].value = value
+
+
+def common_flags():
+    """The lines of the flags that must be the same in all workers of a cluster."""
+    return [line for name, line in own_flags().items() if name not in _OF_A_WORKER]
 
 
 def check_flags(saved, pretrain):
@@ -110,25 +123,32 @@ def read_results(workdir):
     """The figures of results.json; none where there is no such file yet.
 
     Raises:
-      UserError: if it is not JSON.
+      UserError: if it is not a JSON object.
     """
     path = _file(workdir, "results.json")
     try:
-        return json.loads(path.read_text()) if path.exists() else {}
-    except ValueError as error:
+        results = json.loads(path.read_text()) if path.exists() else {}
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error}): mend or remove it.") from error
+    if not isinstance(results, dict):
+        raise UserError(f"{path}: not a JSON object: mend or remove it.")
+    return results
 
 
 def update_results(workdir, **results):
-    """Merges figures into results.json, keeping what is there; None takes one out."""
+    """Merges figures into results.json, keeping what is there."""
     merged = read_results(workdir)
     for key, value in results.items():
         if isinstance(value, dict):
             value = {**merged.get(key, {}), **value}
         merged[key] = value
-    merged = {key: value for key, value in merged.items() if value is not None}
-    merged["versions"] = versions()
-    write_text(_file(workdir, "results.json"), json.dumps(merged, indent=2) + "\n")
+    write_results(workdir, merged)
+
+
+def write_results(workdir, results):
+    """Writes results.json, with the versions."""
+    results = {**results, "versions": versions()}
+    write_text(_file(workdir, "results.json"), json.dumps(results, indent=2) + "\n")
 
 
 def weights_sha256(weights):
@@ -150,12 +170,10 @@ def write_bytes(path, content):
     Raises:
       UserError: if it cannot be written; what was there before is there still.
     """
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        unfinished.write_bytes(content)
-        unfinished.replace(path)
+        with whole_file(path) as unfinished:
+            unfinished.write_bytes(content)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
         raise cannot_write(path, error.strerror) from error
 
 

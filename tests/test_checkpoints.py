@@ -18,10 +18,11 @@ from absl.testing import flagsaver
 from test_cli import TINY
 
 import byol_tf
-from byol_tf import checkpoints, config, evaluation, training, workdir
+from byol_tf import checkpoints, config, distribution, evaluation, training, workdir
 from byol_tf.embed import write_embeddings
 from byol_tf.keras_api import keras
 from byol_tf.optimizers import build_optimizer, make_optimizer
+from byol_tf.tasks import run
 
 ROOT = pathlib.Path(__file__).parent.parent
 DATA = "data-00000-of-00001"
@@ -267,16 +268,29 @@ def test_leftovers_are_removed(manager, tmp_path):
     (manager.folder / "ckpt-6.index.tempstate123").touch()
     (manager.folder / f"ckpt-6.{DATA}").touch()
     (manager.folder / "best" / f"ckpt-6.{DATA}").touch()
-    (manager.folder / ".checkpoint.77").touch()
-    (tmp_path / ".flags.txt.77").touch()
+    (manager.folder / ".checkpoint.byol_tf.77").touch()
+    (tmp_path / ".flags.txt.byol_tf.77").touch()
     exports = tmp_path / "saved_model"
-    (exports / ".1.77").mkdir(parents=True)
-    (exports / ".1.old.77").mkdir()  # moved aside, and its successor not yet in place
+    (exports / ".1.byol_tf.77").mkdir(parents=True)
+    (exports / ".1.old.byol_tf.77").mkdir()  # moved aside, and its successor not yet in place
     (tmp_path / ".lock").touch()
+    (tmp_path / ".bash_history.1").touch()  # somebody else's
     checkpoints.remove_leftovers(tmp_path)
     assert (files(manager.folder), files(manager.folder / "best")) == before
-    assert files(tmp_path) == [".lock", "checkpoints", "saved_model"]
+    assert files(tmp_path) == [".bash_history.1", ".lock", "checkpoints", "saved_model"]
     assert files(exports) == ["1"]
+
+
+def test_a_worker_lost_while_saving_is_no_full_disk(manager, monkeypatch):
+    def write(prefix):
+        raise tf.errors.UnavailableError(None, None, "Collective ops is aborted by: heartbeat")
+
+    monkeypatch.setattr(manager.checkpoint, "write", write)
+    with pytest.raises(UserError, match="cannot be written"):
+        manager.save(1)
+    monkeypatch.setattr(distribution, "num_workers", lambda strategy: 2)
+    with pytest.raises(UserError, match="another worker has ended"):
+        manager.save(1)
 
 
 # The best one ---------------------------------------------------------------------------
@@ -646,6 +660,22 @@ def start(main, images):
 
 def results(workdir):
     return json.loads((workdir / "results.json").read_text())
+
+
+def test_figures_of_other_checkpoints_stand_apart(tmp_path):
+    """And come back with theirs; what is of no checkpoint stays."""
+    workdir.update_results(tmp_path, steps=8, knn_top1=0.5, evaluated_step=8)
+    run.set_others_aside(tmp_path, 8)
+    assert results(tmp_path)["knn_top1"] == 0.5
+    run.set_others_aside(tmp_path, 4)
+    workdir.update_results(tmp_path, probe_top1=0.25, evaluated_step=4)
+    found = results(tmp_path)
+    assert found["other_checkpoints"] == {"8": {"knn_top1": 0.5, "evaluated_step": 8}}
+    assert found["steps"] == 8 and "knn_top1" not in found
+    run.set_others_aside(tmp_path, 8)
+    found = results(tmp_path)
+    assert found["knn_top1"] == 0.5 and found["evaluated_step"] == 8
+    assert found["other_checkpoints"] == {"4": {"probe_top1": 0.25, "evaluated_step": 4}}
 
 
 @pytest.mark.slow

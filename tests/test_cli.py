@@ -284,6 +284,16 @@ def test_without_labels(main, flat, tmp_path):
     found = results(tmp_path)
     assert found["steps"] == 1 and "knn_top1" not in found
     assert (tmp_path / "saved_model" / "1" / "saved_model.pb").exists()
+    for task in ("knn", "finetune"):  # nothing else was asked for
+        line = error_of(main(f"--workdir={tmp_path}", f"--task={task}"))
+        assert f"--task={task}: --dataset=image_folder has no labels" in line
+
+
+def test_odd_batches_of_a_narrow_encoder(main, images, tmp_path):
+    """Of which TensorFlow's convolution gradient dies, where the stride is not taken before."""
+    flags = [*TINY, f"--data_dir={images}", f"--workdir={tmp_path}", "--task=pretrain"]
+    succeed(main(*flags, "--batch_size=3", "--epochs=4"))
+    assert results(tmp_path)["steps"] == 24
 
 
 @pytest.mark.slow

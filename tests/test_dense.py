@@ -15,7 +15,7 @@ from PIL import Image
 from byol_tf import dense, resnet
 from byol_tf.data import augment
 from byol_tf.data.dense import depth_batches, load_dense, segmentation_batches
-from byol_tf.errors import UserError
+from byol_tf.errors import UserError, reason
 from byol_tf.keras_api import keras
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -135,13 +135,14 @@ def test_depth_of_a_frozen_encoder(data):
     assert all(map(np.isfinite, figures.values()))
 
 
-def test_replicas_train(data, mirrored):
+@pytest.mark.parametrize("frozen", [True, False])
+def test_replicas_train(data, mirrored, frozen):
     """Two replicas give the loss of one with the whole batch: BN is frozen or synchronized."""
     losses = []
     form = {"crop": SIZE, "batch_size": 8, "num_classes": 3}
     for scope in (mirrored.scope, lambda: tf.device("CPU:0")):
         with scope():
-            model = dense.segmentation_model(make_encoder(), 3, frozen=True)
+            model = dense.segmentation_model(make_encoder(), 3, frozen=frozen)
             rng = np.random.default_rng(0)
             model.set_weights(
                 [w + rng.uniform(0, 0.1, w.shape).astype(w.dtype) for w in model.get_weights()]
@@ -446,8 +447,10 @@ def test_masks_beyond_the_classes(tmp_path):
     images, masks = scenes(4, 0)
     root = write(tmp_path / "train", images, masks=masks)
     source = load_dense(str(root), "train", "masks")
-    with pytest.raises(tf.errors.InvalidArgumentError, match="above the 2 classes"):
+    with pytest.raises(tf.errors.InvalidArgumentError) as caught:
         list(segmentation_batches(source, crop=SIZE, batch_size=2, num_classes=2))
+    wrong = "a mask has a value that --segmentation_classes=2 does not allow: 2"
+    assert reason(caught.value) == wrong
 
 
 def test_voc_as_arrays(tmp_path):
@@ -516,7 +519,11 @@ def test_tasks(main, data, prepared, tmp_path):
     assert figures["frozen"]["held_out_miou"]["1e+30"] == 0.0
 
     line = test_cli.error_of(main(*again, "--segmentation_classes=2"))
-    assert "above the 2 classes of --segmentation_classes" in line
+    assert "a mask has a value that --segmentation_classes=2 does not allow: 2" in line
+    line = test_cli.error_of(
+        main(f"--workdir={workdir}", "--task=depth", "--depth_learning_rate=1e30")
+    )
+    assert "--depth_learning_rate=1e+30: the training has diverged" in line
 
     gray = f"--workdir={tmp_path / 'gray'} --task=pretrain,depth --channels=1 {pretraining}"
     assert "leave this task out" in test_cli.error_of(main(*gray.split()))

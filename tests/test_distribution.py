@@ -62,15 +62,16 @@ def start(more_images, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def start_workers(start):
-    """Function that starts a cluster of so many workers."""
+    """Function that starts a cluster of so many workers; `of_last`: flags of the last one."""
 
-    def start_workers(workdir, count, *flags):
+    def start_workers(workdir, count, *flags, of_last=()):
         addresses = [f"localhost:{free_port()}" for _ in range(count)]
         clusters = [
             {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": i}}
             for i in range(count)
         ]
-        return [start(workdir, *flags, TF_CONFIG=json.dumps(c)) for c in clusters]
+        given = [flags] * (count - 1) + [(*flags, *of_last)]
+        return [start(workdir, *f, TF_CONFIG=json.dumps(c)) for f, c in zip(given, clusters)]
 
     return start_workers
 
@@ -153,6 +154,41 @@ def test_workers_are_one_process(start, start_workers, tmp_path, count):
 
 
 @pytest.mark.slow
+def test_workers_that_differ_train_nothing(start_workers, tmp_path):
+    """Each says why in one line, and the checkpoints are what they were."""
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+
+    def errors(*of_last, flags=()):
+        codes, outputs = finish(start_workers(run, 2, *flags, of_last=of_last), 120)
+        assert codes == [1, 1] and "Traceback" not in "".join(outputs), "\n".join(outputs)
+        return [text.split("\nerror: ")[-1].strip() for text in ("\n" + t for t in outputs)]
+
+    codes, outputs = finish(start_workers(run, 2, "--max_steps=3"))
+    assert codes == [0, 0], "\n".join(outputs)
+    before = weights(run)
+    assert all("not the same flags" in line for line in errors("--seed=1"))
+    here = [f"not go on from the same checkpoint, here that of step {step}:" for step in (3, 0)]
+    found = errors(f"--workdir={elsewhere}")
+    assert all(word in line for word, line in zip(here, found)), found
+    # What only the chief meets with.
+    chief, other = errors(flags=["--train_split=nosuch"])
+    assert "no split 'nosuch'" in chief and "another worker has ended" in other
+    after = weights(run)
+    assert all(np.array_equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.slow
+def test_sigterm_before_the_first_step_of_a_worker(start_workers, tmp_path):
+    """TensorFlow's cluster brings a handler along that would swallow it."""
+    (worker,) = start_workers(tmp_path, 1, "--epochs=2000")
+    while not (tmp_path / "flags.txt").exists():
+        assert not worker.ended(0.001), worker.log.read_text()
+    os.kill(worker.pid, signal.SIGTERM)
+    (code,), (output,) = finish([worker], seconds=60)
+    assert code == 75 and "stopped by SIGTERM" in output
+
+
+@pytest.mark.slow
 def test_a_killed_worker_ends_the_others_and_all_resume(start_workers, tmp_path):
     workers = start_workers(tmp_path, 2, "--epochs=2000")
     await_step(tmp_path, 6, workers)
@@ -171,15 +207,28 @@ def test_a_killed_worker_ends_the_others_and_all_resume(start_workers, tmp_path)
     assert steps(tmp_path) == list(range(1, until + 1))
 
 
+SLURM = {
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_STEP_NODELIST": "localhost",
+    "SLURM_STEP_TASKS_PER_NODE": "2",
+}
+
+
+@pytest.mark.parametrize("gpus", [0, 8])
+def test_a_slurm_task_has_all_gpus_that_it_sees(monkeypatch, gpus):
+    for name, value in {**SLURM, "SLURM_PROCID": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: [kind] * gpus)
+    cluster = distribution._slurm_cluster()
+    assert cluster.num_accelerators() == {"GPU": gpus}
+    assert (cluster.task_type, cluster.task_id) == ("worker", 1)
+    assert cluster.cluster_spec().as_dict() == {"worker": ["localhost:8888", "localhost:8889"]}
+
+
 @pytest.mark.slow
 def test_sigterm_to_one_of_a_slurm_step_stops_all_after_the_same_step(start, tmp_path):
-    slurm = {
-        "SLURM_STEP_NUM_TASKS": "2",
-        "SLURM_STEP_NODELIST": "localhost",
-        "SLURM_STEP_TASKS_PER_NODE": "2",
-    }
     workers = [
-        start(tmp_path, "--strategy=multi_worker", "--epochs=2000", SLURM_PROCID=str(i), **slurm)
+        start(tmp_path, "--strategy=multi_worker", "--epochs=2000", SLURM_PROCID=str(i), **SLURM)
         for i in range(2)
     ]
     await_step(tmp_path, 3, workers)

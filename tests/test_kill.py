@@ -235,3 +235,13 @@ def test_sigterm_before_the_first_step(server, flags, tmp_path, seconds):
     assert run.exit_code(30) == 75, run.log()
     assert "stopped by SIGTERM: the same command" in run.log()
     assert not run.saved_step()
+
+
+def test_ctrl_c(server, flags, tmp_path):
+    """Amid the steps: the exit code that shells have for it, and what an epoch has saved is kept."""
+    run = Run(server, tmp_path / "run", *flags, "--epochs=2000")
+    run.await_that(lambda: len(run.steps()) >= EPOCH + 1)
+    run.signal(signal.SIGINT)
+    assert run.exit_code(30) == 130, run.log()
+    assert "\ninterrupted: the same command goes on from the last checkpoint" in run.log()
+    assert run.saved_step() >= EPOCH

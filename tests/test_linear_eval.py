@@ -329,6 +329,10 @@ def test_fingerprints(make_source):
     assert len(set(numbers)) == 10
     part = subset.read_fingerprints(subset.subset(source, np.array([2, 7])))
     assert np.flatnonzero(np.isin(numbers, part)).tolist() == [2, 7]
+    # Of more channels than files have, the images are pixels.
+    pixels = tf.random.stateless_uniform([5, 4, 4, 13], [0, 0], 0, 256, tf.int32)
+    records = tf.data.Dataset.from_tensor_slices({"image": tf.cast(pixels, tf.uint8)})
+    assert len(set(subset.read_fingerprints(Source(records, 5, None, None, channels=13)))) == 5
 
 
 @pytest.mark.parametrize("shape", [(16, 16, 3), None])

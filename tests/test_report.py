@@ -290,17 +290,25 @@ def test_tensorboard_has_views_and_figures(reported):
 
 @pytest.mark.slow
 def test_report_of_damaged_metrics(main, reported, tmp_path):
-    """Cut off, and with a line of nonsense; no figures, and another checkpoint's flags."""
+    """Cut off, and with a line of nonsense; no figures but of evaluations that train."""
     workdir = tmp_path / "copy"
     shutil.copytree(reported, workdir)
     metrics = workdir / "metrics.jsonl"
     lines = metrics.read_bytes().splitlines(keepends=True)
     metrics.write_bytes(lines[0] + b"\x00\xff nonsense\n" + lines[1] + lines[2][:9])
-    (workdir / "results.json").unlink()
+    chosen = {"learning_rate": 0.02, "epochs": 30, "held_out_top1": {}}
+    transfer = {"metric": "top1", "value": 0.75, "l2": 0.001}
+    results = {
+        "finetune": {"1%": {"top1": 0.5, "top5": 1.0, **chosen}},
+        "transfer": {"dtd": {"linear": {**transfer, "step": 4}}},
+    }
+    (workdir / "results.json").write_text(json.dumps(results))
     _, stderr = succeed(main("--task=report", f"--workdir={workdir}", "--nobaselines"))
     assert "Traceback" not in stderr
     text = (workdir / "report" / "report.html").read_text()
-    check_page(workdir / "report" / "report.html")
+    words = check_page(workdir / "report" / "report.html").words
+    shown = {"1%", "top1 0.5, top5 1", "learning_rate 0.02, epochs 30", "dtd", "top1 75.0 %"}
+    assert shown < set(words)
     assert "No accuracies" in text and "at step 2" in text and "random: " not in text
 
 

@@ -154,7 +154,7 @@ def test_status(call):
 @pytest.mark.parametrize(
     ("path", "body", "status", "words"),
     [
-        ("/embed", b"", 400, "not a JPEG, PNG, BMP or GIF image"),
+        ("/embed", b"", 400, "not a JPEG, PNG, BMP or GIF image: the body must be"),
         ("/embed", b"no image", 400, "not a JPEG, PNG, BMP or GIF image"),
         ("/embed", photo(1)[:300], 400, "JPEG"),
         ("/embed", b"\0" * (2**20 + 1), 413, "exceeded"),

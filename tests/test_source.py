@@ -95,10 +95,14 @@ def test_folder_with_classes(tmp_path):
 @pytest.mark.parametrize(
     "files", [["a.jpg", "b.jpg"], ["one/a.jpg", "one/b.jpg"], ["cat/a.jpg", "dog/b.jpg", "c.jpg"]]
 )
-def test_folder_without_classes(tmp_path, files):
+def test_folder_without_classes(tmp_path, monkeypatch, files):
+    """A file beside folders that may be classes is told of."""
+    warned = []
+    monkeypatch.setattr(image_folder.logging, "log_first_n", lambda *args: warned.append(args))
     write(tmp_path, *files)
     loaded = load(tmp_path)
     assert loaded.class_names is None
+    assert [args[3] for args in warned] == (["c.jpg"] if "dog/b.jpg" in files else [])
     assert [example["label"] for example in examples(loaded)] == [-1] * len(files)
     assert names(loaded) == sorted(files)
 

@@ -118,6 +118,11 @@ def test_a_nan_is_never_saved(model, manager):
     assert all(np.isfinite(weight).all() for weight in model.get_weights())
 
 
+def test_an_epochs_last_step_has_a_line(model, watch, tmp_path):
+    fit(model, watch, steps_per_epoch=3)
+    assert [line["step"] for line in lines(tmp_path)] == [2, 3, 4, 6]
+
+
 def test_watch_logs(model, manager, watch, tmp_path):
     seen = []
     each = keras.callbacks.LambdaCallback(

@@ -124,7 +124,10 @@ _define_numbers(
     number=int,
 )
 flags.DEFINE_float(
-    "depth_learning_rate", 0.16, "Learning rate (paper: 0.16 at batch 256).", lower_bound=0.0
+    "depth_learning_rate",
+    0.16,
+    "Learning rate at 256 images a step, times their number / 256 (paper: 0.16).",
+    lower_bound=0.0,
 )
 
 

@@ -192,11 +192,10 @@ def segmentation_batches(source, *, crop, batch_size, num_classes, seed=None):
 
     def example(image, mask, draws):
         image, mask = augment.normalize(image), tf.cast(mask, tf.int32)[..., tf.newaxis]
-        strange = (mask >= num_classes) & (mask != IGNORED)
-        wrong = f"a mask has values above the {num_classes} classes of --segmentation_classes"
-        with tf.control_dependencies(
-            [tf.debugging.assert_equal(tf.reduce_any(strange), False, wrong)]
-        ):
+        highest = tf.reduce_max(tf.where(mask == IGNORED, 0, mask))
+        text = f"a mask has a value that --segmentation_classes={num_classes} does not allow:"
+        known = tf.debugging.Assert(highest < num_classes, [text, highest])
+        with tf.control_dependencies([known]):
             mask = mask - IGNORED  # the border that is added is 0
         if draws is not None:
             image, mask = _scale_and_crop(image, mask, crop, draws)

@@ -138,7 +138,15 @@ def _splits_by_hash(files):
 
 def _class_names(names, depth):
     """The sorted folders at `depth`, or None where not every file is in one of two or more."""
-    classes = {_class_of(name, depth) for name in names}
+    classes = {_class_of(name, depth): name for name in names}
+    if None in classes and len(classes) > 2:
+        logging.log_first_n(
+            logging.WARNING,
+            "the folders are not taken for classes, as %s lies in none of them: move it into one "
+            "if they are",
+            1,
+            classes[None],
+        )
     return tuple(sorted(classes)) if None not in classes and len(classes) >= 2 else None
 
 

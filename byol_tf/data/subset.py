@@ -21,7 +21,10 @@ def read_fingerprints(source):
     """A number for each encoded image, int64 [N]: alike for the same file in another source."""
 
     def fingerprint(record):
-        return tf.strings.to_hash_bucket_fast(source.example(record)["image"], 2**62)
+        image = source.example(record)["image"]
+        if image.dtype != tf.string:  # pixels, of more channels than files have
+            image = tf.io.serialize_tensor(image)
+        return tf.strings.to_hash_bucket_fast(image, 2**62)
 
     return _values(source, fingerprint)
 

@@ -54,6 +54,7 @@ def run_all():
     if chief and run.folder().is_dir():
         checkpoints.lock(run.folder())
     saved = workdir.read_flags(FLAGS.workdir)
+    workdir.read_results(FLAGS.workdir)  # before an hour of training
     if run.manager().checkpoints:
         if tasks[0] == "import_deepmind":
             raise UserError(f"--workdir={FLAGS.workdir}: a run is there already: choose another.")
@@ -66,7 +67,7 @@ def run_all():
     keras.utils.set_random_seed(FLAGS.seed)
     if FLAGS.deterministic:
         tf.config.experimental.enable_op_determinism()
-    with distribution.chief_first(strategy):
+    with distribution.all_alive(strategy), distribution.chief_first(strategy):
         _check_inputs(tasks)
         if chief:
             checkpoints.lock(run.folder())  # if it is there only now

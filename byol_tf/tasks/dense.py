@@ -1,11 +1,12 @@
 """How well the encoder does in dense prediction, into results.json."""
 
 import contextlib
+import math
 
 import tensorflow as tf
 from absl import flags, logging
 
-from byol_tf import checkpoints, dense, workdir
+from byol_tf import dense
 from byol_tf.data.dense import depth_batches, load_dense, segmentation_batches
 from byol_tf.errors import UserError, reason
 from byol_tf.keras_api import keras
@@ -24,16 +25,16 @@ def segmentation():
         if len(rates) > 1:
             part, held_out = train.split(_HELD_OUT)
             for rate in rates:
-                held_out_miou[rate] = _miou(part, held_out, rate) or 0.0
+                held_out_miou[rate] = _segmentation_figures(part, held_out, rate).get("miou", 0.0)
         best = max(rates, key=held_out_miou.get) if held_out_miou else rates[0]
-        miou = _miou(train, test, best)
-    figures = {"miou": _converged(miou, f"--segmentation_learning_rates={best:g}")}
+        figures = _segmentation_figures(train, test, best)
+    _check_converged(figures, f"--segmentation_learning_rates={best:g}")
     named = {f"{rate:g}": value for rate, value in held_out_miou.items()}
     _report("segmentation", figures, train, learning_rate=best, held_out_miou=named)
 
 
-def _miou(train, test, rate):
-    """Mean IoU of a model trained at this rate, or None if it diverged."""
+def _segmentation_figures(train, test, rate):
+    """The figures of a model trained at this rate, none if it diverged."""
     logging.info("segmentation: learning rate %g, %d images", rate, train.num_examples)
     form = {
         "crop": FLAGS.segmentation_crop,
@@ -56,7 +57,7 @@ def _miou(train, test, rate):
         )
         metric = dense.mean_iou(FLAGS.segmentation_classes)
         batches = segmentation_batches(test, **form)
-        return dense.evaluate(model, batches, metric)["miou"] if converged else None
+        return dense.evaluate(model, batches, metric) if converged else {}
 
 
 def depth():
@@ -75,14 +76,14 @@ def depth():
             depth_batches(train, **form, seed=FLAGS.seed),
             dense.berhu,
             steps=FLAGS.depth_steps,
-            learning_rate=FLAGS.depth_learning_rate,
+            learning_rate=FLAGS.depth_learning_rate * FLAGS.depth_batch_size / 256,
             weight_decay=5e-4,
             verbose=run.verbosity(),
         )
-        figures = converged and dense.evaluate(
-            model, depth_batches(test, **form), dense.DepthFigures()
-        )
-    _converged(figures, f"--depth_learning_rate={FLAGS.depth_learning_rate:g}")
+        figures = {}
+        if converged:
+            figures = dense.evaluate(model, depth_batches(test, **form), dense.DepthFigures())
+    _check_converged(figures, f"--depth_learning_rate={FLAGS.depth_learning_rate:g}")
     _report("depth", figures, train, learning_rate=FLAGS.depth_learning_rate)
 
 
@@ -123,10 +124,10 @@ def _faults_of_images():
         raise UserError(f"--dense_data={FLAGS.dense_data}: {reason(error)}") from error
 
 
-def _converged(figures, flag):
-    if not figures:
-        raise UserError(f"{flag}: the loss is no longer finite: take a smaller one.")
-    return figures
+def _check_converged(figures, flag):
+    """Raises a `UserError` where the loss has diverged, or what was learned gives no figures."""
+    if not figures or not all(map(math.isfinite, figures.values())):
+        raise UserError(f"{flag}: the training has diverged: take a smaller one.")
 
 
 def _report(task, figures, train, **details):
@@ -135,8 +136,4 @@ def _report(task, figures, train, **details):
     for name, value in figures.items():
         print(f"{task:>12} {what:>8} {name:>10} {value:8.4f}", flush=True)
     details = {**figures, **details, "images": train.num_examples}
-    workdir.update_results(
-        FLAGS.workdir,
-        **{task: {what: details}},
-        evaluated_step=checkpoints.step_of(run.chosen_checkpoint()),
-    )
+    run.keep_figures(**{task: {what: details}})

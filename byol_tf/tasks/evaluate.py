@@ -5,7 +5,7 @@ import functools
 import numpy as np
 from absl import flags, logging
 
-from byol_tf import checkpoints, evaluation, workdir
+from byol_tf import evaluation, workdir
 from byol_tf.data import subset
 from byol_tf.errors import UserError
 from byol_tf.finetune import fine_tune
@@ -50,12 +50,10 @@ def linear_eval():
             **_views(),
         )
     _print_figures(figures, "linear", f"rate {figures['learning_rate']:g}")
-    workdir.update_results(
-        FLAGS.workdir,
+    run.keep_figures(
         linear_top1=figures.pop("top1"),
         linear_top5=figures.pop("top5"),
         linear_eval={**figures, "images": len(training), "held_out_images": len(held_out)},
-        evaluated_step=checkpoints.step_of(run.chosen_checkpoint()),
     )
 
 
@@ -82,11 +80,7 @@ def finetune():
             )
         _print_figures(figures, "finetune", name)
         counts = {"images": part.num_examples, "held_out_images": held_out.num_examples}
-        workdir.update_results(
-            FLAGS.workdir,
-            finetune={name: {**figures, **counts}},
-            evaluated_step=checkpoints.step_of(run.chosen_checkpoint()),
-        )
+        run.keep_figures(finetune={name: {**figures, **counts}})
 
 
 def check_classes():
@@ -139,10 +133,38 @@ def _labelled_parts():
 
 def _have_labels(task, train, test):
     """Whether there is something to learn from and to judge by; else warns."""
-    if train.class_names and test.class_names and subset.read_labels(test).max() >= 0:
-        return True
-    logging.warning("skipped %s: --dataset=%s has no labels", task, FLAGS.dataset)
+    if not (train.class_names and test.class_names):
+        return _skip(task, f"--dataset={FLAGS.dataset} has no labels")
+    labels = subset.read_labels(test)
+    if labels.max() < 0:
+        return _skip(task, f"--eval_split={FLAGS.eval_split} has no labels")
+    _look_for_unseen_classes(subset.read_labels(train), labels)
+    return True
+
+
+def _skip(task, why):
+    """Warns that a task is left out. Where it is all that was asked for, this is an error."""
+    if len(FLAGS.task) == 1:
+        raise UserError(f"--task={FLAGS.task[0]}: {why}.")
+    logging.warning("skipped %s: %s", task, why)
     return False
+
+
+def _look_for_unseen_classes(train_labels, test_labels):
+    """Warns of images to judge by that nothing can get right."""
+    known = test_labels >= 0
+    unseen = np.sum(known & ~np.isin(test_labels, train_labels))
+    if unseen:
+        logging.log_first_n(
+            logging.WARNING,
+            "%d of %d images of --eval_split=%s are of classes that --train_split=%s has not: they "
+            "count as wrong.",
+            1,
+            unseen,
+            np.sum(known),
+            FLAGS.eval_split,
+            FLAGS.train_split,
+        )
 
 
 def _views():
@@ -163,24 +185,23 @@ def _print_figures(figures, task, what):
 def _evaluate(accuracies):
     """Measures the encoder and, with --baselines, what no learning gives."""
     if run.source(FLAGS.train_split).class_names is None:
-        logging.warning(
-            "skipped %s: --dataset=%s has no labels", " and ".join(accuracies), FLAGS.dataset
-        )
+        _skip(" and ".join(accuracies), f"--dataset={FLAGS.dataset} has no labels")
         return
     baselines = ("random_init", "raw_pixels") if FLAGS.baselines else ()
     for what in ("trained", *baselines):
         train_features = run.features(what, FLAGS.train_split)
         test_features = run.features(what, FLAGS.eval_split)
         if min(train_features.labels.min(), test_features.labels.min()) < 0:
-            logging.warning("skipped %s: there are images without labels", " and ".join(accuracies))
+            _skip(" and ".join(accuracies), "there are images without labels")
             return
+        _look_for_unseen_classes(train_features.labels, test_features.labels)
         logging.info("measuring %s, %s", what, " and ".join(accuracies))
         figures = {
             name: accuracy(train_features, test_features) for name, accuracy in accuracies.items()
         }
         for name, value in figures.items():
             print(f"{name:>12} {what:>12} {100 * value:6.2f} %", flush=True)
-        results = {what: figures}
         if what == "trained":
-            results = {**figures, "evaluated_step": checkpoints.step_of(run.chosen_checkpoint())}
-        workdir.update_results(FLAGS.workdir, **results)
+            run.keep_figures(**figures)
+        else:
+            workdir.update_results(FLAGS.workdir, **{what: figures})

@@ -54,8 +54,13 @@ def pretrain():
     per_epoch = views.steps_per_epoch(source, FLAGS.batch_size)
     total_steps = per_epoch * FLAGS.epochs
     strategy = run.strategy()
-    with strategy.scope(), run.policy(FLAGS.precision):
-        model, manager = _resumed_model(source, total_steps, int(FLAGS.warmup_epochs * per_epoch))
+    with distribution.all_alive(strategy):
+        _check_workers(strategy, source)
+        with strategy.scope(), run.policy(FLAGS.precision):
+            model, manager = _resumed_model(
+                source, total_steps, int(FLAGS.warmup_epochs * per_epoch)
+            )
+        _check_checkpoint(strategy, model)
     # Before `fit`, in whose strategy it would get replicas.
     measure = _knn_measure(source) if FLAGS.knn_every else None
     with (
@@ -97,10 +102,37 @@ def pretrain():
             )
         except training.TrainingDiverged as error:
             raise UserError(str(error)) from error
+        run.set_others_aside(folder, int(model.optimizer.iterations.numpy()))
         workdir.update_results(folder, **_training_results(model, watch))
     if model.stop_training:
         step = int(model.optimizer.iterations.numpy())
         raise Preempted(f"stopped by SIGTERM at step {step}")
+
+
+def _check_workers(strategy, source):
+    """Ends all workers where they are not given the same flags and images."""
+    distribution.check_alike(
+        strategy,
+        workdir.common_flags(),
+        "the workers have not the same flags: start all of them with the same command.",
+    )
+    distribution.check_alike(
+        strategy,
+        (source.num_examples, source.class_names),
+        f"the workers do not see the same images, here {source.num_examples}: --data_dir must "
+        "hold the same for all.",
+    )
+
+
+def _check_checkpoint(strategy, model):
+    """Ends all workers where they do not go on from the same weights."""
+    step = int(model.optimizer.iterations.numpy())
+    distribution.check_alike(
+        strategy,
+        (step, workdir.weights_sha256(model.online_weights + model.target_weights)),
+        f"the workers do not go on from the same checkpoint, here that of step {step}: --workdir "
+        "must be one folder that all of them see.",
+    )
 
 
 def _target_update(total_steps):
@@ -110,14 +142,12 @@ def _target_update(total_steps):
 
 
 def _training_results(model, watch):
-    """What results.json says of the training; of figures that no longer hold, None."""
+    """What results.json says of the training."""
     results = {"steps": int(model.optimizer.iterations.numpy())}
     weights = model.online_weights + model.target_weights
     results["weights_sha256"] = workdir.weights_sha256(weights)
     if watch.images_per_second:
         results["images_per_second"] = watch.images_per_second
-        # The accuracies of before are of other weights.
-        results.update(dict.fromkeys(run.ACCURACIES))
     return results
 
 

@@ -20,6 +20,9 @@ _TITLES = {
     **{"linear_top1": "linear evaluation, top-1", "linear_top5": "linear evaluation, top-5"},
     "probe_top1": "linear probe, top-1",
 }
+# Of evaluations that train: how good it is, and what was chosen on held-out images.
+_JUDGED = ("top1", "top5", "miou", "pct1.25", "pct1.25^2", "pct1.25^3", "rms", "rel")
+_CHOSEN = ("learning_rate", "epochs", "weight_decay", "l2")
 _BASELINES = {"random_init": "random initialisation", "raw_pixels": "raw pixels"}
 
 
@@ -45,8 +48,6 @@ def _figures():
     """What results.json holds: accuracies as one table, all else as another."""
     results = workdir.read_results(FLAGS.workdir)
     baselines = {what: results.pop(what, {}) for what in _BASELINES}
-    for known in ("trained", "versions"):  # trained: once more what stands beside it
-        results.pop(known, None)
     names = [name for name in results if name.endswith(("_top1", "_top5"))]
     rows = [["trained", *(_percent(results.pop(name)) for name in names)]]
     for what, figures in baselines.items():
@@ -59,9 +60,30 @@ def _figures():
     others = [
         (name.replace("_", " "), value)
         for name, value in results.items()
-        if not isinstance(value, dict)  # the sweeps of evaluations
+        if not isinstance(value, dict)
     ]
+    trained = list(_of_training_on_labels(results))
+    if trained:
+        body += report.table(trained, ["evaluation", "of", "figures", "chosen"])
     return report.Section("Figures", body + report.table(others))
+
+
+def _of_training_on_labels(results):
+    """Yields rows of what results.json says of evaluations that train: name, what on, how good."""
+    for task in ("finetune", "segmentation", "depth"):
+        for name, found in results.get(task, {}).items():
+            yield task, name, _listed(found, _JUDGED), _listed(found, _CHOSEN)
+    step = checkpoints.step_of(run.chosen_checkpoint())
+    for dataset, modes in results.get("transfer", {}).items():
+        for mode, found in modes.items():
+            if found["step"] == step:
+                figures = f"{found['metric']} {_percent(found['value'])}"
+                yield f"transfer, {mode}", dataset, figures, _listed(found, _CHOSEN)
+
+
+def _listed(found, names):
+    """Those of the figures that are there, in one text."""
+    return ", ".join(f"{name} {found[name]:.3g}" for name in names if name in found)
 
 
 def _percent(share):
@@ -124,8 +146,8 @@ def _neighbours():
     body, figure = report.neighbours(_thumbnails(test, queries), found, titles, same)
     text = (
         f"Images of {FLAGS.eval_split}, on the left, and the {_NEIGHBOURS} of "
-        f"{FLAGS.train_split} nearest by cosine, the nearest first: by the encoder as it was "
-        "initialised (random), and trained."
+        f"{FLAGS.train_split} nearest by cosine, the nearest first: by the encoder "
+        + ("as it was initialised (random), and trained." if FLAGS.baselines else "as trained.")
     )
     if labels is not None:
         text += " A frame: of the query's class."
@@ -195,12 +217,16 @@ def _confusion():
 def _setup():
     """The flags and the versions, as two sections."""
     given = workdir.own_flags()
-    values = [(name, str(FLAGS[name].value)) for name in sorted(given)]
+    values = [(name, _text(FLAGS[name].value)) for name in sorted(given)]
     versions = workdir.read_results(FLAGS.workdir).get("versions") or workdir.versions()
     return (
         report.Section("Flags", report.folded(f"All {len(values)}", report.table(values))),
         report.Section("Versions", report.table(versions.items())),
     )
+
+
+def _text(value):
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _labels():

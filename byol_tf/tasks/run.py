@@ -8,17 +8,17 @@ import sys
 import tensorflow as tf
 from absl import flags
 
-from byol_tf import checkpoints, distribution, evaluation, resnet
+from byol_tf import checkpoints, distribution, evaluation, resnet, workdir
 from byol_tf.data import views
 from byol_tf.data.source import load_source
 from byol_tf.errors import NoSplit, UserError
 from byol_tf.keras_api import keras
 
 FLAGS = flags.FLAGS
-# What results.json says of the encoder, and no longer holds when it is trained further.
-ACCURACIES = (
+# What results.json says of the encoder of `evaluated_step`, and of no other.
+_FIGURES = (
     *("knn_top1", "knn200_top1", "probe_top1", "linear_top1", "linear_top5", "linear_eval"),
-    *("finetune", "segmentation", "depth", "transfer", "evaluated_step"),
+    *("finetune", "segmentation", "depth", "evaluated_step"),
 )
 
 
@@ -99,6 +99,28 @@ def random_encoder():
     keras.utils.set_random_seed(FLAGS.seed)
     with policy("float32"):
         return encoder()
+
+
+def keep_figures(**figures):
+    """Merges figures of the encoder of --use_checkpoint into results.json."""
+    step = checkpoints.step_of(chosen_checkpoint())
+    set_others_aside(FLAGS.workdir, step)
+    workdir.update_results(FLAGS.workdir, **figures, evaluated_step=step)
+
+
+def set_others_aside(folder, step):
+    """Moves figures of another step than this to "other_checkpoints" in results.json.
+
+    So that what stands beside each other is of one encoder. What is there of this step comes back.
+    """
+    results = workdir.read_results(folder)
+    before = results.get("evaluated_step")
+    if before in (None, step):
+        return
+    others = results.pop("other_checkpoints", {})
+    others[str(before)] = {name: results.pop(name) for name in _FIGURES if name in results}
+    results |= others.pop(str(step), {})
+    workdir.write_results(folder, {**results, "other_checkpoints": others})
 
 
 def load_encoder(encoder, checkpoint):

@@ -14,10 +14,10 @@ from absl import flags, logging
 from tensorflow.core.protobuf import trackable_object_graph_pb2
 
 from byol_tf import distribution
-from byol_tf.errors import UserError
+from byol_tf.errors import UserError, reason
 from byol_tf.keras_api import keras
 from byol_tf.resnet import BASIC, BLOCKS_PER_GROUP
-from byol_tf.whole import name_of_unfinished
+from byol_tf.whole import name_of_unfinished, sync
 from byol_tf.workdir import cannot_write, write_text
 
 FLAGS = flags.FLAGS
@@ -161,7 +161,9 @@ class Manager:
             for part in _parts(self.folder, name):
                 _link(part, folder / part.name)
             record = {"step": step_of(name), "knn_top1": knn_top1}
+            sync(folder)
             write_text(folder / "best.json", json.dumps(record) + "\n")  # from now on it is
+            sync(folder)
             _remove_parts(folder, [name])
 
 
@@ -242,7 +244,7 @@ def _damage(prefix, stamp):
             reader.get_tensor(name)
     # Of a garbled file TensorFlow says so in many ways.
     except Exception as error:
-        return _one_line(error)
+        return reason(error)
     return None
 
 
@@ -275,11 +277,11 @@ def _parts(folder, name):
 def _move_parts(source, target, name):
     parts = _parts(source, name)
     for part in parts:
-        _sync(part)  # or the power may fail after the removal of those before
+        sync(part)  # or the power may fail after the removal of those before
     (target / f"{name}.index").unlink(missing_ok=True)
     for part in parts:
         part.replace(target / part.name)
-    _sync(target)
+    sync(target)
 
 
 def _remove_parts(folder, kept):
@@ -305,16 +307,7 @@ def _link(source, target):
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
-        _sync(target)
-
-
-def _sync(path):
-    """Waits until a file or a folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(target)
 
 
 @contextlib.contextmanager
@@ -327,14 +320,7 @@ def writing(path):
     try:
         yield
     except (OSError, tf.errors.OpError) as error:
-        raise cannot_write(path, getattr(error, "strerror", None) or _one_line(error)) from error
-
-
-def _one_line(error):
-    """What an error says, without TensorFlow's names of its operations."""
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    line = re.sub(r"\{\{.*?\}\} | \[Op:.*", "", line)
-    return line if len(line) < 300 else f"{line[:150]} ... {line[-145:]}"
+        raise cannot_write(path, error) from error
 
 
 # One process a workdir ----------------------------------------------------------------
@@ -405,7 +391,7 @@ def load(checkpoint, prefix):
         checkpoint.read(prefix).assert_existing_objects_matched().expect_partial()
     except (AssertionError, ValueError, tf.errors.OpError) as error:
         raise UserError(
-            f"{prefix} does not fit the flags ({_one_line(error)}): give those of its run, or "
+            f"{prefix} does not fit the flags ({reason(error)}): give those of its run, or "
             "choose another --workdir."
         ) from error
 

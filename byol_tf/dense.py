@@ -7,7 +7,6 @@ import tensorflow as tf
 from byol_tf.backbone import resnet_backbone
 from byol_tf.classifier import loss_and_accuracy, means_of_known
 from byol_tf.distribution import of_all_replicas
-from byol_tf.errors import UserError
 from byol_tf.keras_api import keras
 from byol_tf.resnet import batch_norm
 
@@ -65,10 +64,6 @@ def depth_model(encoder, *, frozen=False):
 
 def _last_map(encoder, dilated, frozen):
     """The images, a Keras tensor, and C5 of them by a copy of the encoder."""
-    if encoder.input_shape[-1] != 3:
-        raise UserError(
-            f"dense transfer is of images of 3 channels; the encoder has {encoder.input_shape[-1]}."
-        )
     backbone = resnet_backbone(encoder, dilated=dilated, keras_only=False)
     backbone.trainable = not frozen
     images = keras.Input(backbone.input_shape[1:], name="images")
@@ -189,6 +184,8 @@ def train(model, batches, loss, *, steps, learning_rate, weight_decay, verbose=2
       learning_rate, weight_decay: floats; the paper's are 1e-3 to 1e-1 and 1e-4 of segmentation
         with batches of 16, 0.16 and 5e-4 of depth with batches of 256.
       verbose: as of `fit`; an epoch is a tenth of the steps, where they divide by ten.
+
+    Train a model once: the L2 loss stays with it, and would be added again.
 
     Returns: whether it went well: False if the loss is no longer finite.
     """

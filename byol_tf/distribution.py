@@ -233,7 +233,10 @@ def _slurm_cluster():
 def _check_tf_config(text):
     """Raises a ValueError if TF_CONFIG does not name the workers and which of them this is."""
     config = json.loads(text)
-    workers = config["cluster"]["worker"] + config["cluster"].get("chief", [])
+    parts = [config.get(name) for name in ("cluster", "task")] if isinstance(config, dict) else [0]
+    if not all(isinstance(part, dict) for part in parts):
+        raise ValueError('"cluster" and "task" must be objects in it')
+    workers = config["cluster"].get("worker", []) + config["cluster"].get("chief", [])
     if not all(isinstance(address, str) and ":" in address for address in workers):
         raise ValueError(f"{workers} are not addresses of the form host:port")
     task = config["task"]

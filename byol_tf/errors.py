@@ -35,8 +35,8 @@ def _asserted(match):
 
 
 def reason(error):
-    """What a `tf.errors.OpError` says, without where in TensorFlow it says it."""
-    message = _PLACES.sub("", error.message)
+    """What an exception says in one line, without where in TensorFlow it says it."""
+    message = _PLACES.sub("", str(getattr(error, "message", error)))
     message = re.sub(r".*Summarized data: b'(.*?)'", r"\1", message, flags=re.DOTALL)
     message = re.sub(r"assertion failed: ((?:\[.*?\] ?)+)", _asserted, message)
     return one_line(message) or type(error).__name__

@@ -223,7 +223,11 @@ class BYOL(keras.Model):
         return self._mean_logs()
 
     def _parts(self, batch):
-        """The parts of a batch whose gradients are averaged, in a list."""
+        """The parts of a batch whose gradients are averaged, in a list.
+
+        Every so-many-th image, not neighbours: then each part is of the same images of the global
+        batch, whatever the number of replicas.
+        """
         if self.accumulation_steps == 1:
             return [batch]
         size = batch["view1"].shape[0]
@@ -233,8 +237,10 @@ class BYOL(keras.Model):
                 f"accumulation_steps={self.accumulation_steps}: choose another size, and make the "
                 "data set with drop_remainder=True, so that all its batches have it."
             )
-        parts = {key: tf.split(value, self.accumulation_steps) for key, value in batch.items()}
-        return [dict(zip(parts, values)) for values in zip(*parts.values())]
+        return [
+            {key: value[first :: self.accumulation_steps] for key, value in batch.items()}
+            for first in range(self.accumulation_steps)
+        ]
 
     def _target_projections(self, batch, training):
         """z' of both views. In training the target network has batch statistics of its own."""

@@ -144,8 +144,10 @@ class StopOnSigterm(keras.callbacks.Callback):
         if self._signalled:
             raise Preempted("stopped by SIGTERM")
         awaiting = signal.signal(signal.SIGTERM, self._before)
-        yield
-        signal.signal(signal.SIGTERM, awaiting)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, awaiting)
 
     def _on_signal(self, number, frame):
         self._signalled = True

@@ -97,6 +97,11 @@ def load_set(chosen, data_dir=None, *, channels=3, seed=0):
     """
     folder = pathlib.Path(data_dir or "~/tensorflow_datasets").expanduser() / chosen.name
     is_folder = (folder / "train").is_dir()
+    if is_folder and chosen.multi_label:
+        raise UserError(
+            f"{chosen.name}: an image of it has several labels, which the folders in {folder} "
+            "cannot tell: prepare it with TFDS."
+        )
     if chosen.name in NOT_IN_TFDS and not is_folder:
         raise UserError(
             f"{chosen.name} is not in TFDS: put its images into {folder}, as train/CLASS/ and "

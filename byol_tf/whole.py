@@ -20,13 +20,23 @@ def name_of_unfinished(path):
 
 @contextlib.contextmanager
 def whole_file(path):
-    """Yields where to write a file, which then takes the place of `path`.
+    """Yields where to write a file, which then takes the place of `path`, once it is on the disk.
 
     After an exception what was at `path` is there still, and nothing else.
     """
     aside = unfinished(path)
     try:
         yield aside
+        sync(aside)
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def sync(path):
+    """Waits until a file or a folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,5 +1,6 @@
 """What a run writes under its `--workdir`: flags, results, checkpoints and their names."""
 
+import errno
 import hashlib
 import json
 import pathlib
@@ -8,7 +9,7 @@ import sys
 from absl import flags, logging
 
 from byol_tf import config
-from byol_tf.errors import UserError
+from byol_tf.errors import UserError, reason
 from byol_tf.whole import whole_file
 
 FLAGS = flags.FLAGS
@@ -174,14 +175,19 @@ def write_bytes(path, content):
         with whole_file(path) as unfinished:
             unfinished.write_bytes(content)
     except OSError as error:
-        raise cannot_write(path, error.strerror) from error
+        raise cannot_write(path, error) from error
 
 
-def cannot_write(path, reason):
-    """The `UserError` of a file or folder that cannot be written, as on a full disk."""
+def cannot_write(path, error):
+    """The `UserError` of a file or folder that cannot be written, as on a full disk.
+
+    Args: error: an OSError, or one of TensorFlow.
+    """
+    what = error.strerror if isinstance(error, OSError) else reason(error)
+    full = getattr(error, "errno", errno.ENOSPC) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return UserError(
-        f"{path}: cannot be written ({reason}): the checkpoints saved before are whole: make room "
-        "there, and the same command goes on from the last."
+        f"{path}: cannot be written ({what}): the checkpoints saved before are whole: "
+        f"{'make room there' if full else 'mend that'}, and the same command goes on from the last."
     )
 
 

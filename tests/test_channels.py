@@ -9,7 +9,7 @@ import tensorflow as tf
 from PIL import Image
 
 import byol_tf
-from byol_tf import evaluation, report, serve
+from byol_tf import dense, evaluation, report, serve
 from byol_tf.data import crop, decode, views
 from byol_tf.data.source import Source
 from byol_tf.data.views import augment_batch, eval_batches, pretrain_batches
@@ -79,6 +79,39 @@ def test_eval_batches(channels):
     expected = crop.centre_crop_and_resize(pixels_of(channels), SIZE)
     np.testing.assert_array_equal(batch["image"], expected)
     assert batch["image"].shape == (COUNT, SIZE, SIZE, channels)
+
+
+@pytest.mark.parametrize("channels", [1, 13])
+def test_evaluations_that_train(tmp_path, channels):
+    source = make_source(channels)
+    encoder = byol_tf.resnet_encoder(
+        "resnet18", width_multiplier=1 / 32, stem="small", image_size=SIZE, channels=channels
+    )
+    given = {"image_size": SIZE, "learning_rates": [0.1], "batch_size": 4, "verbose": 0}
+    found = byol_tf.linear_evaluation(encoder, source, source, source, epochs=1, **given)
+    assert 0 <= found["top1"] <= found["top5"] == 1
+    found = byol_tf.fine_tune(encoder, source, source, source, epochs=[1], **given)
+    assert 0 <= found["top1"] <= found["top5"] == 1
+    labels = np.random.default_rng(1).integers(0, 3, (COUNT, 20, 18))
+    (tmp_path / "train").mkdir()
+    for name, array in (
+        ("images", pixels_of(channels)),
+        ("masks", labels),
+        ("depths", labels + 1.5),
+    ):
+        np.save(tmp_path / "train" / f"{name}.npy", array)
+    options = {"steps": 2, "learning_rate": 1e-3, "weight_decay": 0, "verbose": 0}
+    masks, depths = (
+        byol_tf.load_dense(tmp_path, "train", target, channels=channels)
+        for target in ("masks", "depths")
+    )
+    batches = byol_tf.segmentation_batches(masks, crop=16, batch_size=4, num_classes=3, seed=0)
+    model = byol_tf.segmentation_model(encoder, 3)
+    assert dense.train(model, batches, dense.segmentation_loss, **options)
+    batches = byol_tf.depth_batches(depths, crop=(16, 16), scale=1.0, batch_size=4, seed=0)
+    assert dense.train(byol_tf.depth_model(encoder), batches, dense.berhu, **options)
+    (images, _), (again, _) = batches.take(2)
+    assert images.shape == (4, 16, 16, channels) and not np.array_equal(images, again)
 
 
 def test_large_pixels_are_shuffled_a_few_at_a_time():

@@ -239,7 +239,7 @@ def test_killed_at_any_moment_of_a_save(manager, number, monkeypatch, tmp_path):
 
             for name in ("replace", "unlink", "mkdir", "write_bytes"):
                 patch.setattr(pathlib.Path, name, killed_in_time(getattr(pathlib.Path, name)))
-            patch.setattr(checkpoints, "_sync", killed_in_time(checkpoints._sync))
+            patch.setattr(checkpoints, "sync", killed_in_time(checkpoints.sync))
             try:
                 started.checkpoint.value.assign(tf.fill([40], -1.0))
                 started.save(number)
@@ -286,10 +286,10 @@ def test_a_worker_lost_while_saving_is_no_full_disk(manager, monkeypatch):
         raise tf.errors.UnavailableError(None, None, "Collective ops is aborted by: heartbeat")
 
     monkeypatch.setattr(manager.checkpoint, "write", write)
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(byol_tf.UserError, match="cannot be written"):
         manager.save(1)
     monkeypatch.setattr(distribution, "num_workers", lambda strategy: 2)
-    with pytest.raises(UserError, match="another worker has ended"):
+    with pytest.raises(byol_tf.UserError, match="another worker has ended"):
         manager.save(1)
 
 

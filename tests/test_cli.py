@@ -388,6 +388,10 @@ def test_not_a_flag(main):
         (["--dataset=cifar01"], ["--dataset=cifar01", "no such data set", "cifar10"]),
         (["--task=knn"], ["no checkpoint", "--task=pretrain"]),
         (["--batch_size=21"], ["--batch_size=21", "20 images"]),
+        (
+            ["--batch_size=9", "--logical_cpus=2", "--strategy=mirrored"],
+            ["--batch_size=9", "2 replicas", "take 10"],
+        ),
     ],
 )
 def test_what_cannot_be_run(main, images, tmp_path, flags, words):

@@ -526,4 +526,5 @@ def test_tasks(main, data, prepared, tmp_path):
     assert "--depth_learning_rate=1e+30: the training has diverged" in line
 
     gray = f"--workdir={tmp_path / 'gray'} --task=pretrain,depth --channels=1 {pretraining}"
-    assert "leave this task out" in test_cli.error_of(main(*gray.split()))
+    line = test_cli.error_of(main(*gray.split(), *small.split(), *tfds_data.split()))
+    assert "--dense_data=scenes: its images have 3 channels, the encoder's 1" in line

@@ -21,7 +21,8 @@ from byol_tf.errors import UserError
 TINY = [
     *("--dataset=image_folder", "--image_size=16", "--stem=small", "--encoder=resnet18"),
     *("--width_multiplier=0.0625", "--projector_hidden_size=16", "--projector_output_size=8"),
-    *("--batch_size=12", "--epochs=4", "--warmup_epochs=1"),
+    *("--batch_size=12", "--epochs=4", "--warmup_epochs=0", "--optimizer=sgd"),
+    "--base_learning_rate=0.03",
     *("--task=pretrain", "--log_every=1", "--precision=float32"),
 ]
 
@@ -92,10 +93,10 @@ def finish(processes, seconds=180):
     return [process.code for process in processes], [p.log.read_text() for p in processes]
 
 
-def weights(workdir):
+def weights(workdir, which=-1):
     """All variables of the last checkpoint, by name; but the sums that the log's means are of."""
-    latest = tf.train.latest_checkpoint(str(workdir / "checkpoints"))
-    reader = tf.train.load_checkpoint(latest)
+    paths = tf.train.get_checkpoint_state(str(workdir / "checkpoints")).all_model_checkpoint_paths
+    reader = tf.train.load_checkpoint(paths[which])
     names = reader.get_variable_to_shape_map()
     names = [n for n in names if n.endswith("VARIABLE_VALUE") and "/_means/" not in n]
     return {name: reader.get_tensor(name) for name in names}
@@ -122,15 +123,26 @@ def await_step(workdir, step, processes, seconds=240):
 def apart(expected, found):
     """The largest difference of two checkpoints, relative to the largest element of its tensor."""
     assert expected.keys() == found.keys() and len(expected) > 100
+    return max(_difference(value, found[name]) for name, value in expected.items())
+
+
+def _difference(expected, found):
     # A small element is the difference of large sums.
-    scales = {name: np.max(np.abs(value)) + 0.1 for name, value in expected.items()}
-    return max(np.max(np.abs(found[n] - value)) / scales[n] for n, value in expected.items())
+    return np.max(np.abs(found - expected)) / (np.max(np.abs(expected)) + 0.1)
+
+
+def moved(workdir):
+    """By how much every kernel has changed since the checkpoint before, as of `apart`."""
+    before, after = weights(workdir, -2), weights(workdir)
+    kernels = [name for name in before if "model/online" in name and "/kernel/" in name]
+    assert len(kernels) > 10
+    return min(_difference(before[name], after[name]) for name in kernels)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3])
 def test_workers_are_one_process(start, start_workers, tmp_path, count):
-    tasks = ["--max_steps=3", "--task=pretrain,knn,export", "--eval_split=test"]
+    tasks = ["--max_steps=4", "--task=pretrain,knn,export", "--eval_split=test"]
     found = []
     # A rounding error may cross a ReLU's kink and grow from there: then other weights may not.
     for seed in range(3):
@@ -139,17 +151,19 @@ def test_workers_are_one_process(start, start_workers, tmp_path, count):
         processes = [start(alone, *flags), *start_workers(together, count, *flags)]
         codes, outputs = finish(processes, 300)
         assert codes == [0] * (count + 1), "\n".join(outputs)
+        assert moved(alone) > 5e-4  # in the last step; larger ones are chaotic
         found.append(apart(weights(alone), weights(together)))
         if found[-1] < 1e-4:
             break
     assert found[-1] < 1e-4, found
-    assert steps(together) == [1, 2, 3]  # one writes
+    assert steps(together) == [1, 2, 3, 4]  # one writes
     for name in ("loss", "classifier_loss", "projection_std", "effective_rank"):
         of_one, of_all = ([line[name] for line in lines(w)] for w in (alone, together))
         np.testing.assert_allclose(of_all, of_one, rtol=1e-4)
-    assert not outputs[2].strip()  # and speaks
+    (line,) = outputs[2].splitlines()  # and speaks, but for
+    assert "awaiting the workers localhost:" in line
     results = json.loads((together / "results.json").read_text())
-    assert results["steps"] == results["evaluated_step"] == 3 and 0 <= results["knn_top1"] <= 1
+    assert results["steps"] == results["evaluated_step"] == 4 and 0 <= results["knn_top1"] <= 1
     assert (together / "saved_model").is_dir()
 
 
@@ -166,12 +180,12 @@ def test_workers_that_differ_train_nothing(start_workers, tmp_path):
     codes, outputs = finish(start_workers(run, 2, "--max_steps=3"))
     assert codes == [0, 0], "\n".join(outputs)
     before = weights(run)
-    assert all("not the same flags" in line for line in errors("--seed=1"))
+    assert all("not the same flags" in line for line in errors("--checkpoint_every=2"))
     here = [f"not go on from the same checkpoint, here that of step {step}:" for step in (3, 0)]
     found = errors(f"--workdir={elsewhere}")
     assert all(word in line for word, line in zip(here, found)), found
     # What only the chief meets with.
-    chief, other = errors(flags=["--train_split=nosuch"])
+    chief, other = errors(flags=["--task=pretrain,knn", "--eval_split=nosuch"])
     assert "no split 'nosuch'" in chief and "another worker has ended" in other
     after = weights(run)
     assert all(np.array_equal(after[name], before[name]) for name in before)
@@ -238,6 +252,26 @@ def test_sigterm_to_one_of_a_slurm_step_stops_all_after_the_same_step(start, tmp
     last = steps(tmp_path)[-1]
     assert f"stopped by SIGTERM at step {last}" in outputs[0] and f"step {last}" in outputs[1]
     assert tf.train.latest_checkpoint(str(tmp_path / "checkpoints")).endswith(f"-{last}")
+
+
+def test_a_worker_of_several_replicas(monkeypatch):
+    """Its part of a batch goes to them piece by piece, in order."""
+
+    class Strategy:
+        num_replicas_in_sync = 6
+
+        def distribute_datasets_from_function(self, of_worker):
+            return of_worker(tf.distribute.InputContext(2, input_pipeline_id=1))
+
+    def batches_of(worker, workers):
+        assert (worker, workers) == (1, 2)
+        return tf.data.Dataset.from_tensor_slices({"view1": tf.range(18)}).batch(9, True)
+
+    monkeypatch.setattr(distribution, "num_workers", lambda strategy: 2)
+    pieces = distribution.distribute(Strategy(), batches_of)
+    assert [batch["view1"].numpy().tolist() for batch in pieces] == [
+        list(range(first, first + 3)) for first in range(0, 18, 3)
+    ]
 
 
 @pytest.mark.parametrize("in_memory", [True, False])

@@ -612,8 +612,45 @@ def test_served_bad_bytes(exported, decodes):
     assert refused > 250
 
 
-SERVE_BOMBS = """
-import resource, sys
+# Not getrusage's, which is the parent's too, from whom the process was forked.
+PEAK = """
+import pathlib, re, sys
+
+def peak():
+    status = pathlib.Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\\s+(\\d+)", status)[1]) // 1024
+"""
+LARGEST = f"""{PEAK}
+import tensorflow as tf
+from byol_tf.data import decode, image_folder
+
+path = pathlib.Path(sys.argv[1])
+tf.zeros([]) + 1  # TensorFlow's own
+before = peak()
+if sys.argv[2] == "check":
+    assert image_folder.fault_of(path) is None
+else:
+    tf.function(decode.decode)(tf.constant(path.read_bytes()))
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("way", "most"), [("check", 3300), ("train", 2200)])
+def test_memory_of_the_largest_image(tmp_path, way, most):
+    """Of all that is let through, a PNG with alpha takes most."""
+    side = int(decode.MAX_PIXELS**0.5)
+    path = tmp_path / "largest.png"
+    path.write_bytes(tf.io.encode_png(tf.zeros([side, side, 4], tf.uint8)).numpy())
+    command = [sys.executable, "-c", LARGEST, str(path), way]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    print(f"{way}: {done.stdout.strip()} MB")
+    assert 500 < int(done.stdout) < most
+
+
+SERVE_BOMBS = f"""{PEAK}
 import numpy as np
 import tensorflow as tf
 
@@ -621,16 +658,16 @@ given = np.load("bombs.npz", allow_pickle=True)["files"].tolist()
 good, bombs = given[0], given[1:]
 served = tf.saved_model.load(sys.argv[1]).signatures["serving_bytes"]
 expected = served(image_bytes=tf.constant([good]))["embedding"].numpy()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 for bomb in bombs:
     try:
         served(image_bytes=tf.constant([bomb]))
     except tf.errors.InvalidArgumentError:
         print("refused")
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+after = peak()
 again = served(image_bytes=tf.constant([good]))["embedding"].numpy()
 np.testing.assert_array_equal(again, expected)
-print((after - before) // 1024)
+print(after - before)
 """
 
 

@@ -331,7 +331,9 @@ def test_fingerprints(make_source):
     assert np.flatnonzero(np.isin(numbers, part)).tolist() == [2, 7]
     # Of more channels than files have, the images are pixels.
     pixels = tf.random.stateless_uniform([5, 4, 4, 13], [0, 0], 0, 256, tf.int32)
-    records = tf.data.Dataset.from_tensor_slices({"image": tf.cast(pixels, tf.uint8)})
+    records = {"image": tf.cast(pixels, tf.uint8), "index": tf.range(5, dtype=tf.int64)}
+    records |= {"label": tf.zeros([5], tf.int64), "name": [str(i) for i in range(5)]}
+    records = tf.data.Dataset.from_tensor_slices(records)
     assert len(set(subset.read_fingerprints(Source(records, 5, None, None, channels=13)))) == 5
 
 

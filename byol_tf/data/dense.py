@@ -30,7 +30,7 @@ class DenseSource:
     Attributes:
       records: a `tf.data.Dataset` of records.
       num_examples: int.
-      read: from a record to an image, uint8 [H, W, 3], and its masks, uint8 [H, W], or depths,
+      read: from a record to an image, uint8 [H, W, C], and its masks, int32 [H, W], or depths,
         float32 [H, W] in metres.
     """
 
@@ -53,17 +53,18 @@ class DenseSource:
         )
 
 
-def load_dense(data, split, target, data_dir=None):
+def load_dense(data, split, target, data_dir=None, channels=3):
     """Opens images with masks or depths.
 
     Args:
-      data: a folder, in which `<split>/images.npy` is uint8 [N, H, W, 3] and `<split>/masks.npy`
-        uint8 [N, H, W] or `<split>/depths.npy` float [N, H, W] in metres; or the name of a TFDS
-        data set with a mask or a depth of every pixel. Pixels that do not count have 255 in a
-        mask, and in depths what is not above 0 or not finite.
+      data: a folder, in which `<split>/images.npy` is uint8 [N, H, W, channels] and
+        `<split>/masks.npy` uint8 [N, H, W] or `<split>/depths.npy` float [N, H, W] in metres; or
+        the name of a TFDS data set with a mask or a depth of every pixel. Pixels that do not
+        count have 255 or -1 in a mask, and in depths what is not above 0 or not finite.
       split: name of the folder inside, or of TFDS's split.
       target: "masks" or "depths".
       data_dir: of TFDS's prepared data sets (None for `~/tensorflow_datasets`).
+      channels: of the images.
 
     Returns: a `DenseSource`.
 
@@ -72,17 +73,19 @@ def load_dense(data, split, target, data_dir=None):
     """
     folder = pathlib.Path(data).expanduser()
     if folder.is_dir():
-        return _from_arrays(folder / split, target)
+        return _from_arrays(folder / split, target, channels)
     if folder.is_absolute() or str(data).startswith("."):  # no name of TFDS
         raise UserError(f"--dense_data={data}: no such folder: check the path.")
-    return _from_tfds(data, split, target, data_dir)
+    return _from_tfds(data, split, target, data_dir, channels)
 
 
-def _from_arrays(folder, target):
+def _from_arrays(folder, target, channels):
     images, targets = _array(folder / "images.npy"), _array(folder / f"{target}.npy")
     kinds = "iu" if target == "masks" else "f"
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
-        raise UserError(f"{folder}/images.npy: {_form(images)}: must be uint8 [N, H, W, 3].")
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != channels:
+        raise UserError(
+            f"{folder}/images.npy: {_form(images)}: must be uint8 [N, H, W, {channels}]."
+        )
     if targets.shape != images.shape[:3] or targets.dtype.kind not in kinds:
         kind = "uint8" if target == "masks" else "float"
         raise UserError(
@@ -129,7 +132,7 @@ def _form(array):
     return f"is {array.dtype} {list(array.shape)}"
 
 
-def _from_tfds(name, split, target, data_dir):
+def _from_tfds(name, split, target, data_dir, channels):
     builder = open_builder(name, data_dir, flag="dense_data")
     features = builder.info.features
     found = [feature for feature in _FEATURES[target] if feature in features]
@@ -137,6 +140,11 @@ def _from_tfds(name, split, target, data_dir):
         raise UserError(
             f"--dense_data={name}: no folder, and as a TFDS data set without {target}: its "
             f"examples have {', '.join(features)}, not image and {' or '.join(_FEATURES[target])}."
+        )
+    if features["image"].shape[-1] != channels:
+        raise UserError(
+            f"--dense_data={name}: its images have {features['image'].shape[-1]} channels, the "
+            f"encoder's {channels}: give arrays of {channels}."
         )
     try:
         count = builder.info.splits[split].num_examples
@@ -166,12 +174,13 @@ def _only(*names):
 
 
 def _known(values, shape):
-    """Masks as uint8, or depths as float32 with 0 where there is none; of this shape."""
+    """Masks as int32, or depths as float32 with 0 where there is none; of this shape."""
     values = tf.ensure_shape(values, shape)
     if values.dtype.is_floating:
         values = tf.cast(values, tf.float32)
         return tf.where(tf.math.is_finite(values), tf.maximum(values, 0.0), 0.0)
-    return tf.cast(values, tf.uint8)
+    values = tf.cast(values, tf.int32)
+    return tf.where(values == -1, IGNORED, values)  # as others write it, and what int8 makes of it
 
 
 def segmentation_batches(source, *, crop, batch_size, num_classes, seed=None):
@@ -191,10 +200,11 @@ def segmentation_batches(source, *, crop, batch_size, num_classes, seed=None):
     """
 
     def example(image, mask, draws):
-        image, mask = augment.normalize(image), tf.cast(mask, tf.int32)[..., tf.newaxis]
-        highest = tf.reduce_max(tf.where(mask == IGNORED, 0, mask))
+        image, mask = augment.normalize(image), mask[..., tf.newaxis]
+        strange = (mask < 0) | (mask >= num_classes) & (mask != IGNORED)
         text = f"a mask has a value that --segmentation_classes={num_classes} does not allow:"
-        known = tf.debugging.Assert(highest < num_classes, [text, highest])
+        value = tf.reduce_max(tf.where(strange, mask, -1))  # -1 if all strange ones are below 0
+        known = tf.debugging.Assert(~tf.reduce_any(strange), [text, value])
         with tf.control_dependencies([known]):
             mask = mask - IGNORED  # the border that is added is 0
         if draws is not None:
@@ -225,7 +235,8 @@ def depth_batches(source, *, crop, scale, batch_size, seed=None):
 
     Images are scaled and cut to the central crop; to train on, they are then flipped at random
     and changed in colour: grayscale with probability 0.3, brightness by at most 0.1255,
-    saturation by a factor of 0.5 to 1.5, hue by at most 0.2 turns. Depths are not interpolated.
+    saturation by a factor of 0.5 to 1.5, hue by at most 0.2 turns; of images that are not RGB
+    only the brightness. Depths are not interpolated.
 
     Args:
       source: a `DenseSource` of depths.
@@ -251,16 +262,20 @@ def depth_batches(source, *, crop, scale, batch_size, seed=None):
 
 
 def _recolour(image, draws):
-    """The paper's changes of colour, in its order: float32 [H, W, 3] in [0, 1] -> the same."""
+    """The paper's changes of colour, in its order: float32 [H, W, C] in [0, 1] -> the same."""
     gray, brightness, saturation, hue = tf.unstack(draws[:4])
     low, high = _SATURATION
-    image = tf.cond(
-        gray < _GRAYSCALE,
-        lambda: tf.image.grayscale_to_rgb(tf.image.rgb_to_grayscale(image)),
-        lambda: image,
-    )
+    is_rgb = image.shape[-1] == 3
+    if is_rgb:
+        image = tf.cond(
+            gray < _GRAYSCALE,
+            lambda: tf.image.grayscale_to_rgb(tf.image.rgb_to_grayscale(image)),
+            lambda: image,
+        )
     image = tf.image.adjust_brightness(image, _BRIGHTNESS * (2.0 * brightness - 1.0))
     image = tf.clip_by_value(image, 0.0, 1.0)
+    if not is_rgb:
+        return image
     image = tf.image.adjust_saturation(image, low + (high - low) * saturation)
     return tf.image.adjust_hue(image, _HUE * (2.0 * hue - 1.0))
 

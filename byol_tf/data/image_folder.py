@@ -1,10 +1,12 @@
 """A folder of image files as a source: its splits, its classes, and the check of every file."""
 
 import concurrent.futures
+import contextlib
 import hashlib
 import json
 import os
 import pathlib
+import threading
 
 import tensorflow as tf
 from absl import logging
@@ -19,6 +21,8 @@ _SPLIT_FOLDERS = {"train": "train", "test": "test", "validation": "validation", 
 _TEST_SHARE = 10  # one of so many files is for testing, where there are no split folders
 # More than an image of `decode.MAX_PIXELS` takes, even as a PNG of 8 bytes a pixel.
 _MAX_BYTES = 2**30
+_LARGE = 10_000_000  # pixels
+_one_large_image = threading.Lock()
 _DECODER = f"2, TensorFlow {tf.__version__}"  # raise the number when `decode` changes
 
 
@@ -210,10 +214,12 @@ def _faults(root, names):
     new = [name for name in names if name not in checked or checked[name][0] != stamps[name]]
     if new:
         logging.info("checking %d image files in %s", len(new), root)
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            faults = pool.map(fault_of, [root / name for name in new])
-            checked.update({name: [stamps[name], fault] for name, fault in zip(new, faults)})
-        _write_cache(cache_file, checked)
+        try:
+            with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+                faults = pool.map(fault_of, [root / name for name in new])
+                checked.update((name, [stamps[name], fault]) for name, fault in zip(new, faults))
+        finally:  # if it is interrupted, for the next start
+            _write_cache(cache_file, checked)
     return {name: checked[name][1] for name in names}
 
 
@@ -239,7 +245,9 @@ def fault_of(path):
         height, width = decode.image_size(encoded).numpy().tolist()
         if not 0 < height * width <= decode.MAX_PIXELS:
             return f"{width}x{height} pixels, not between 1 and {decode.MAX_PIXELS}"
-        decode.decode(encoded)
+        # Large ones one after the other: each may take gigabytes.
+        with _one_large_image if height * width > _LARGE else contextlib.nullcontext():
+            decode.decode(encoded)
     except OSError as error:
         return error.strerror
     except tf.errors.OpError as error:

@@ -95,9 +95,13 @@ def _faults_of_images(task):
 def _check_inputs(tasks):
     """Opens all that the tasks will need: what is wrong is said before an hour of training.
 
+    But the sets of --transfer, of which one that is wrong ends nothing.
+
     Raises:
       UserError: if a split cannot be read or is empty, or the workdir cannot be written.
     """
+    if "pretrain" in tasks:
+        pretrain.check_batch_size()
     for split, dataset in _sources(tasks):
         evaluated = split == FLAGS.eval_split and "report" not in tasks
         if evaluated and not run.source(FLAGS.train_split).class_names:

@@ -91,16 +91,17 @@ def check(task):
     """Opens what a task reads.
 
     Raises:
-      UserError: if it cannot be read, or there is nothing in it, or the encoder takes no RGB.
+      UserError: if it cannot be read, or there is nothing or too little in it.
     """
-    if FLAGS.channels != 3:
-        raise UserError(
-            f"--task={task}: the images of dense data are RGB, the encoder's are of "
-            f"--channels={FLAGS.channels}: leave this task out."
-        )
     for split, source in zip((FLAGS.dense_train_split, FLAGS.dense_eval_split), _sources(task)):
         if not source.num_examples:
             raise UserError(f"--dense_data={FLAGS.dense_data}: there are no images in {split!r}.")
+    chosen = task == "segmentation" and len(FLAGS.segmentation_learning_rates) > 1
+    if chosen and _sources(task)[0].num_examples < 2:
+        raise UserError(
+            f"--dense_data={FLAGS.dense_data}: one image leaves none to choose the learning rate "
+            "by: give one of --segmentation_learning_rates."
+        )
 
 
 def _sources(task):
@@ -108,7 +109,7 @@ def _sources(task):
     if not FLAGS.dense_data:
         raise UserError(f"--task={task} needs --dense_data: a folder of arrays or a TFDS name.")
     return [
-        load_dense(FLAGS.dense_data, split, TARGETS[task], FLAGS.dense_data_dir)
+        load_dense(FLAGS.dense_data, split, TARGETS[task], FLAGS.dense_data_dir, FLAGS.channels)
         for split in (FLAGS.dense_train_split, FLAGS.dense_eval_split)
     ]
 

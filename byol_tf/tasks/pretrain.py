@@ -51,6 +51,7 @@ def import_deepmind():
 def pretrain():
     """Trains from the last checkpoint, if there is one, to the last step."""
     source = run.source(FLAGS.train_split)
+    _look_for_other_images(source)
     per_epoch = views.steps_per_epoch(source, FLAGS.batch_size)
     total_steps = per_epoch * FLAGS.epochs
     strategy = run.strategy()
@@ -103,10 +104,22 @@ def pretrain():
         except training.TrainingDiverged as error:
             raise UserError(str(error)) from error
         run.set_others_aside(folder, int(model.optimizer.iterations.numpy()))
-        workdir.update_results(folder, **_training_results(model, watch))
+        workdir.update_results(folder, **_training_results(model, watch, source.num_examples))
     if model.stop_training:
         step = int(model.optimizer.iterations.numpy())
         raise Preempted(f"stopped by SIGTERM at step {step}")
+
+
+def check_batch_size():
+    """Refuses a --batch_size that does not divide by replicas and --accumulation_steps."""
+    replicas = run.strategy().num_replicas_in_sync
+    parts = replicas * FLAGS.accumulation_steps
+    if FLAGS.batch_size % parts:
+        raise UserError(
+            f"--batch_size={FLAGS.batch_size}: must divide by {replicas} replicas times "
+            f"--accumulation_steps={FLAGS.accumulation_steps}: "
+            f"take {math.ceil(FLAGS.batch_size / parts) * parts}."
+        )
 
 
 def _check_workers(strategy, source):
@@ -141,9 +154,20 @@ def _target_update(total_steps):
     return TargetNetworkUpdate(FLAGS.base_target_ema, total_steps, FLAGS.constant_target_ema)
 
 
-def _training_results(model, watch):
+def _look_for_other_images(source):
+    """Warns where the run in the workdir was begun on another number of images."""
+    before = workdir.read_results(FLAGS.workdir).get("train_images", source.num_examples)
+    if before != source.num_examples:
+        logging.warning(
+            "%d images to train on, not %d as before: epochs, schedules and order are others now.",
+            source.num_examples,
+            before,
+        )
+
+
+def _training_results(model, watch, num_examples):
     """What results.json says of the training."""
-    results = {"steps": int(model.optimizer.iterations.numpy())}
+    results = {"steps": int(model.optimizer.iterations.numpy()), "train_images": num_examples}
     weights = model.online_weights + model.target_weights
     results["weights_sha256"] = workdir.weights_sha256(weights)
     if watch.images_per_second:
@@ -240,14 +264,6 @@ def _check_classes(shapes, num_classes):
 
 def _build_model(num_classes):
     """The model of --method, not yet compiled."""
-    replicas = tf.distribute.get_strategy().num_replicas_in_sync
-    parts = replicas * FLAGS.accumulation_steps
-    if FLAGS.batch_size % parts:
-        raise UserError(
-            f"--batch_size={FLAGS.batch_size}: must divide by {replicas} replicas times "
-            f"--accumulation_steps={FLAGS.accumulation_steps}: "
-            f"take {math.ceil(FLAGS.batch_size / parts) * parts}."
-        )
     augment = None
     if FLAGS.augment_on == "accelerator":
         augment = functools.partial(views.augment_batch, augmentation=FLAGS.augmentation)

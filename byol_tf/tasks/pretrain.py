@@ -89,7 +89,9 @@ def pretrain():
             callbacks.append(checkpoints.KeepBest(manager, saves.save, measure, every, watch))
         callbacks.append(stop)
         step = int(model.optimizer.iterations.numpy())
-        if distribution.is_chief(strategy) and step < total_steps:
+        if step >= total_steps:
+            logging.info("all %d steps are done: nothing is left to train", step)
+        elif distribution.is_chief(strategy):
             watch.show("views", report.view_sheet(run.view_pairs(16, step)), step)
         try:
             training.train(

@@ -676,6 +676,15 @@ def test_figures_of_other_checkpoints_stand_apart(tmp_path):
     found = results(tmp_path)
     assert found["knn_top1"] == 0.5 and found["evaluated_step"] == 8
     assert found["other_checkpoints"] == {"4": {"probe_top1": 0.25, "evaluated_step": 4}}
+    run.set_others_aside(tmp_path, 12)  # trained further, and not evaluated
+    assert results(tmp_path)["other_checkpoints"].keys() == {"4", "8"}
+    run.set_others_aside(tmp_path, 8)
+    workdir.update_results(tmp_path, probe_top1=0.75, evaluated_step=8)
+    run.set_others_aside(tmp_path, 4)
+    found = results(tmp_path)
+    assert found["probe_top1"] == 0.25
+    figures = {"knn_top1": 0.5, "probe_top1": 0.75, "evaluated_step": 8}
+    assert found["other_checkpoints"] == {"8": figures}
 
 
 @pytest.mark.slow

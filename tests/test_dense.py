@@ -443,6 +443,23 @@ def test_arrays_of_any_kind(tmp_path, dtype):
     assert "np.ascontiguousarray" in error_of(str(root), "train", target)
 
 
+@pytest.mark.parametrize("dtype", ["u1", "u2", "<u4", ">i8"])
+def test_masks_of_many_classes(tmp_path, dtype):
+    """As ADE20K's 150; what wraps around to a class is none."""
+    images, masks = scenes(3, 0)
+    masks = np.where(masks == 255, 255, 150 + masks.astype(int)).astype(dtype)
+    if masks.itemsize > 1:
+        masks[2, 0, 0] = 65535
+    root = write(tmp_path / "train", images, masks=masks)
+    batches = segmentation_batches(
+        load_dense(str(root), "train", "masks"), crop=SIZE, batch_size=1, num_classes=153
+    )
+    if masks.itemsize > 1:
+        with pytest.raises(tf.errors.InvalidArgumentError, match="allow:.*65535"):
+            list(batches)
+    np.testing.assert_array_equal([mask[0] for _, mask in batches.take(2)], masks[:2])
+
+
 def test_masks_beyond_the_classes(tmp_path):
     images, masks = scenes(4, 0)
     root = write(tmp_path / "train", images, masks=masks)

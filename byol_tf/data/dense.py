@@ -97,8 +97,9 @@ def _from_arrays(folder, target, channels):
     # itself keeps Python from running.
     def read(record):
         image = tf.reshape(tf.io.decode_raw(record["image"], tf.uint8), images.shape[1:])
-        # TensorFlow reads no large unsigned integers; a cast to uint8 gives the same for both.
-        dtype = np.dtype(f"{targets.dtype.kind.replace('u', 'i')}{targets.dtype.itemsize}")
+        dtype = targets.dtype.newbyteorder("=")
+        if dtype.kind == "u" and dtype.itemsize > 2:  # which it does not read; no class is so large
+            dtype = np.dtype(f"i{dtype.itemsize}")
         little = not targets.dtype.str.startswith(">")
         values = tf.io.decode_raw(record["target"], dtype, little)
         return image, _known(tf.reshape(values, targets.shape[1:]), targets.shape[1:])
@@ -179,8 +180,9 @@ def _known(values, shape):
     if values.dtype.is_floating:
         values = tf.cast(values, tf.float32)
         return tf.where(tf.math.is_finite(values), tf.maximum(values, 0.0), 0.0)
-    values = tf.cast(values, tf.int32)
-    return tf.where(values == -1, IGNORED, values)  # as others write it, and what int8 makes of it
+    # What does not fit remains a value that no mask may have.
+    values = tf.cast(tf.clip_by_value(tf.cast(values, tf.int64), -2, 2**31 - 1), tf.int32)
+    return tf.where(values == -1, IGNORED, values)
 
 
 def segmentation_batches(source, *, crop, batch_size, num_classes, seed=None):
@@ -203,8 +205,8 @@ def segmentation_batches(source, *, crop, batch_size, num_classes, seed=None):
         image, mask = augment.normalize(image), mask[..., tf.newaxis]
         strange = (mask < 0) | (mask >= num_classes) & (mask != IGNORED)
         text = f"a mask has a value that --segmentation_classes={num_classes} does not allow:"
-        value = tf.reduce_max(tf.where(strange, mask, -1))  # -1 if all strange ones are below 0
-        known = tf.debugging.Assert(~tf.reduce_any(strange), [text, value])
+        first = tf.reduce_max(tf.boolean_mask(mask, strange)[:1])
+        known = tf.debugging.Assert(~tf.reduce_any(strange), [text, first])
         with tf.control_dependencies([known]):
             mask = mask - IGNORED  # the border that is added is 0
         if draws is not None:

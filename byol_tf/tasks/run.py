@@ -115,12 +115,15 @@ def set_others_aside(folder, step):
     """
     results = workdir.read_results(folder)
     before = results.get("evaluated_step")
-    if before in (None, step):
+    if before == step:
         return
     others = results.pop("other_checkpoints", {})
-    others[str(before)] = {name: results.pop(name) for name in _FIGURES if name in results}
+    if before is not None:
+        others[str(before)] = {name: results.pop(name) for name in _FIGURES if name in results}
     results |= others.pop(str(step), {})
-    workdir.write_results(folder, {**results, "other_checkpoints": others})
+    if others:
+        results["other_checkpoints"] = others
+    workdir.write_results(folder, results)
 
 
 def load_encoder(encoder, checkpoint):

@@ -149,12 +149,14 @@ class Manager:
     def keep_best(self, knn_top1):
         """Keeps the latest checkpoint beyond the last K if none was as good yet.
 
+        Returns: whether that is so.
+
         Raises:
           UserError: if it cannot be written; the best before is still there then.
         """
         best = self.best()
         if best is not None and best["knn_top1"] >= knn_top1:
-            return
+            return False
         folder, name = self.folder / "best", pathlib.Path(self.latest_checkpoint).name
         with writing(folder):
             folder.mkdir(exist_ok=True)
@@ -165,6 +167,7 @@ class Manager:
             write_text(folder / "best.json", json.dumps(record) + "\n")  # from now on it is
             sync(folder)
             _remove_parts(folder, [name])
+        return True
 
 
 class KeepBest(keras.callbacks.Callback):
@@ -207,7 +210,9 @@ class KeepBest(keras.callbacks.Callback):
         if accuracy is None:
             self.measure = None
             return
-        self.manager.keep_best(accuracy)
+        best = self.manager.keep_best(accuracy)
+        note = ", the best so far" if best else ""
+        logging.info("k-NN at step %d: %.2f %%%s", step, 100 * accuracy, note)
         self.watch.write({"knn_top1": accuracy})
 
 

@@ -144,9 +144,9 @@ def check_alike(strategy, value, problem):
     """
     if num_workers(strategy) == 1:
         return
-    # 16 bits, of which float32 has exact sums.
-    digest = int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:2], "big")
-    total = float(_sum(strategy, tf.constant(float(digest))))
+    # 32 bits, of which float64 has exact sums.
+    digest = int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:4], "big")
+    total = float(_sum(strategy, tf.constant(digest, tf.float64)))
     if any_worker(strategy, total != strategy.num_replicas_in_sync * digest):
         raise UserError(problem)
 

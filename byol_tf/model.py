@@ -78,10 +78,13 @@ def effective_rank(representations):
     representations: float [B, D], of this replica.
     """
     x = _centred(tf.cast(representations, tf.float32))
-    covariance = all_reduce("SUM", tf.matmul(x, x, transpose_a=True))  # its scale cancels out
-    return tf.math.divide_no_nan(
-        tf.square(tf.linalg.trace(covariance)), tf.reduce_sum(tf.square(covariance))
-    )
+    batch = (x.shape[0] or 0) * tf.distribute.get_strategy().num_replicas_in_sync
+    if 0 < batch < x.shape[1]:  # the smaller of two matrices of the same eigenvalues but for 0
+        x = of_all_replicas(x)
+        gram = tf.matmul(x, x, transpose_b=True)
+    else:
+        gram = all_reduce("SUM", tf.matmul(x, x, transpose_a=True))
+    return tf.math.divide_no_nan(tf.square(tf.linalg.trace(gram)), tf.reduce_sum(tf.square(gram)))
 
 
 def _centred(x):

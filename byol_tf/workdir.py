@@ -1,6 +1,5 @@
 """What a run writes under its `--workdir`: flags, results, checkpoints and their names."""
 
-import errno
 import hashlib
 import json
 import pathlib
@@ -28,8 +27,14 @@ _FREE_FLAGS = {
     *("strategy", "logical_cpus", "augment_on", "deterministic", "intra_op_threads"),
     *(flag.name for flag in FLAGS.get_flags_for_module(config.evaluation.__name__)),
 }
+# These are of one command or of the machine: flags.txt does not have them.
 _OF_A_COMMAND = {
     *("max_steps", "query", "strategy", "tpu", "logical_cpus", "intra_op_threads"),
+}
+# What results.json has objects of.
+_OBJECTS = {
+    *("random_init", "raw_pixels", "linear_eval", "finetune", "segmentation", "depth"),
+    *("transfer", "other_checkpoints", "versions"),
 }
 # These may differ from worker to worker.
 _OF_A_WORKER = {
@@ -116,7 +121,7 @@ def check_flags(saved, pretrain):
         if given[name] != saved[name]:
             raise UserError(
                 f"{given[name]}: the run in --workdir={FLAGS.workdir} has {saved[name]}: leave "
-                "the flag out, or choose another --workdir."
+                "the flag out (also where a flagfile sets it), or choose another --workdir."
             )
 
 
@@ -133,6 +138,9 @@ def read_results(workdir):
         raise UserError(f"{path}: not JSON ({error}): mend or remove it.") from error
     if not isinstance(results, dict):
         raise UserError(f"{path}: not a JSON object: mend or remove it.")
+    for name in _OBJECTS & results.keys():
+        if not isinstance(results[name], dict):
+            raise UserError(f"{path}: {name} is not a JSON object: mend or remove the file.")
     return results
 
 
@@ -183,11 +191,10 @@ def cannot_write(path, error):
 
     Args: error: an OSError, or one of TensorFlow.
     """
-    what = error.strerror if isinstance(error, OSError) else reason(error)
-    full = getattr(error, "errno", errno.ENOSPC) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    what = getattr(error, "strerror", None) or reason(error)
     return UserError(
-        f"{path}: cannot be written ({what}): the checkpoints saved before are whole: "
-        f"{'make room there' if full else 'mend that'}, and the same command goes on from the last."
+        f"{path}: cannot be written ({what}): the checkpoints saved before are whole: mend that "
+        "(make room, if the disk is full), and the same command goes on from the last."
     )
 
 

@@ -405,6 +405,27 @@ def test_what_cannot_be_run(main, images, tmp_path, flags, words):
     assert not workdir.exists()
 
 
+def test_another_number_of_images_is_told(main, finished, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished[0], workdir)
+    assert results(workdir)["train_images"] == 20
+    (workdir / "results.json").write_text('{"train_images": 7}')
+    _, stderr = succeed(main(f"--workdir={workdir}", "--task=pretrain"))
+    assert "20 images to train on, not 7 as before" in stderr
+    assert "all 4 steps are done" in stderr
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"finetune": 3}', '{"random_init": null}'])
+def test_results_that_are_none(main, finished, tmp_path, text):
+    """Are told of before the training, and stay as they are."""
+    workdir = tmp_path / "run"
+    shutil.copytree(finished[0], workdir)
+    (workdir / "results.json").write_text(text)
+    line = error_of(main(f"--workdir={workdir}"))
+    assert "results.json" in line and "mend or remove" in line
+    assert (workdir / "results.json").read_text() == text
+
+
 def test_flags_that_do_not_fit_the_run(main, finished):
     """Another encoder fits no task, another batch no training; the run stays as it was."""
     before = results(finished[0])

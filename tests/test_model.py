@@ -72,6 +72,7 @@ def test_collapse_is_measured():
     line = random(64, 1) * random(1, 16, seed=1)
     assert float(effective_rank(line)) == pytest.approx(1.0, abs=1e-3)
     assert 12 < float(effective_rank(random(4096, 16))) <= 16
+    assert 12 < float(effective_rank(random(16, 4096))) <= 15
 
 
 def test_loss_adds_both_orders_of_the_views(tiny_encoder):

@@ -33,17 +33,17 @@ def linear_probe():
 
 def linear_eval():
     """Evaluates by the paper's protocol; see `linear_eval.linear_evaluation`."""
-    source, test = run.source(FLAGS.train_split), run.source(FLAGS.eval_split)
-    if not _have_labels("linear_eval", source, test):
+    if not _have_labels("linear_eval"):
         return
-    training, held_out = subset.hold_out(subset.read_labels(source), FLAGS.seed)
+    source = run.source(FLAGS.train_split)
+    training, held_out = subset.hold_out(run.labels(FLAGS.train_split), FLAGS.seed)
     keras.utils.set_random_seed(FLAGS.seed)  # whatever was done before
     with run.local_strategy().scope():
         figures = linear_evaluation(
             run.trained_encoder(),
             subset.subset(source, training),
             subset.subset(source, held_out),
-            test,
+            run.source(FLAGS.eval_split),
             learning_rates=FLAGS.linear_learning_rates,
             epochs=FLAGS.linear_epochs,
             batch_size=FLAGS.linear_batch_size,
@@ -59,8 +59,7 @@ def linear_eval():
 
 def finetune():
     """Fine-tunes on a part of the labels, and on another; see `finetune.fine_tune`."""
-    test = run.source(FLAGS.eval_split, FLAGS.finetune_dataset)
-    if not _have_labels("finetune", run.source(FLAGS.train_split), test):
+    if not _have_labels("finetune", FLAGS.finetune_dataset):
         return
     parts, held_out = _labelled_parts()
     for name, part in parts.items():
@@ -71,7 +70,7 @@ def finetune():
                 run.trained_encoder(),
                 part,
                 held_out,
-                test,
+                run.source(FLAGS.eval_split, FLAGS.finetune_dataset),
                 learning_rates=FLAGS.finetune_learning_rates,
                 epochs=FLAGS.finetune_epochs,
                 batch_size=FLAGS.finetune_batch_size,
@@ -103,7 +102,7 @@ def _labelled_parts():
     that are there, those of the images to choose by included.
     """
     source = run.source(FLAGS.train_split)
-    labels = subset.read_labels(source)
+    labels = run.labels(FLAGS.train_split).copy()
     if FLAGS.finetune_dataset:
         part = run.source(FLAGS.train_split, FLAGS.finetune_dataset)
         known = np.isin(subset.read_fingerprints(source), subset.read_fingerprints(part))
@@ -115,7 +114,8 @@ def _labelled_parts():
                 "rate by: leave it out and give --finetune_percents=100."
             )
         _, held_out = subset.hold_out(labels, FLAGS.seed)
-        places = {FLAGS.finetune_dataset: np.flatnonzero(subset.read_labels(part) >= 0)}
+        known = run.labels(FLAGS.train_split, FLAGS.finetune_dataset) >= 0
+        places = {FLAGS.finetune_dataset: np.flatnonzero(known)}
     else:
         part = source
         training, held_out = subset.hold_out(labels, FLAGS.seed)
@@ -131,14 +131,18 @@ def _labelled_parts():
     return parts, subset.subset(source, held_out)
 
 
-def _have_labels(task, train, test):
-    """Whether there is something to learn from and to judge by; else warns."""
+def _have_labels(task, dataset=None):
+    """Whether there is something to learn from and to judge by, the latter of this data set.
+
+    Else warns.
+    """
+    train, test = run.source(FLAGS.train_split), run.source(FLAGS.eval_split, dataset)
     if not (train.class_names and test.class_names):
         return _skip(task, f"--dataset={FLAGS.dataset} has no labels")
-    labels = subset.read_labels(test)
+    labels = run.labels(FLAGS.eval_split, dataset)
     if labels.max() < 0:
         return _skip(task, f"--eval_split={FLAGS.eval_split} has no labels")
-    _look_for_unseen_classes(subset.read_labels(train), labels)
+    _look_for_unseen_classes(run.labels(FLAGS.train_split), labels)
     return True
 
 

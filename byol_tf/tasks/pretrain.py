@@ -70,6 +70,7 @@ def pretrain():
     ):
         manager.folder = folder / "checkpoints"
         workdir.write_flags(folder)
+        workdir.update_results(folder, train_images=source.num_examples)
         target_update = _target_update(total_steps)
         watch = training.Watch(
             folder,
@@ -106,7 +107,7 @@ def pretrain():
         except training.TrainingDiverged as error:
             raise UserError(str(error)) from error
         run.set_others_aside(folder, int(model.optimizer.iterations.numpy()))
-        workdir.update_results(folder, **_training_results(model, watch, source.num_examples))
+        workdir.update_results(folder, **_training_results(model, watch))
     if model.stop_training:
         step = int(model.optimizer.iterations.numpy())
         raise Preempted(f"stopped by SIGTERM at step {step}")
@@ -167,9 +168,9 @@ def _look_for_other_images(source):
         )
 
 
-def _training_results(model, watch, num_examples):
+def _training_results(model, watch):
     """What results.json says of the training."""
-    results = {"steps": int(model.optimizer.iterations.numpy()), "train_images": num_examples}
+    results = {"steps": int(model.optimizer.iterations.numpy())}
     weights = model.online_weights + model.target_weights
     results["weights_sha256"] = workdir.weights_sha256(weights)
     if watch.images_per_second:

@@ -9,7 +9,7 @@ import tensorflow as tf
 from absl import flags
 
 from byol_tf import checkpoints, distribution, evaluation, resnet, workdir
-from byol_tf.data import views
+from byol_tf.data import subset, views
 from byol_tf.data.source import load_source
 from byol_tf.errors import NoSplit, UserError
 from byol_tf.keras_api import keras
@@ -52,6 +52,12 @@ def source(split, dataset=None):
         return _load_source(dataset or FLAGS.dataset, split, FLAGS.data_dir, FLAGS.channels)
     except NoSplit as error:
         raise UserError(f"{split_flag(split)}: {error}") from error
+
+
+@functools.lru_cache(maxsize=None)
+def labels(split, dataset=None):
+    """`subset.read_labels` of a `source`: of what is streamed, that reads all records."""
+    return subset.read_labels(source(split, dataset))
 
 
 def split_flag(split):

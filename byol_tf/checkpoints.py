@@ -77,17 +77,17 @@ class Manager:
         """
         damaged = []
         while self.checkpoints:
-            reason = damage(self.checkpoints[-1])
-            if reason is None:
+            fault = damage(self.checkpoints[-1])
+            if fault is None:
                 if damaged:
                     logging.warning("using %s, the one before", self.checkpoints[-1])
                 return self.checkpoints[-1]
-            logging.warning("%s is damaged (%s)", self.checkpoints[-1], reason)
+            logging.warning("%s is damaged (%s)", self.checkpoints[-1], fault)
             damaged.append(self.checkpoints.pop())
         if not damaged:
             return None
         raise UserError(
-            f"no checkpoint is whole: {', '.join(damaged)} ({reason}): put back a copy of one, or "
+            f"no checkpoint is whole: {', '.join(damaged)} ({fault}): put back a copy of one, or "
             f"remove {self.folder} to begin anew."
         )
 
@@ -138,10 +138,10 @@ class Manager:
                 f"--use_checkpoint=best: there is none in {self.folder / 'best'}: pretrain with "
                 "--knn_every, or leave the flag out."
             )
-        reason = damage(best["checkpoint"])
-        if reason is not None:
+        fault = damage(best["checkpoint"])
+        if fault is not None:
             raise UserError(
-                f"--use_checkpoint=best: {best['checkpoint']} is damaged ({reason}): put back a "
+                f"--use_checkpoint=best: {best['checkpoint']} is damaged ({fault}): put back a "
                 "copy, or leave the flag out."
             )
         return best["checkpoint"]

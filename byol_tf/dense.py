@@ -144,7 +144,7 @@ class DepthFigures(keras.metrics.Metric):
     "pct1.25", "pct1.25^2" and "pct1.25^3": the part of the pixels where the larger of prediction
     and depth is less than 1.25, 1.25^2 and 1.25^3 times the smaller; "rms": root mean square
     error, in metres; "rel": mean of |prediction - depth| / depth. Takes depths, 0 where there
-    is none, and predictions, float32 [B, H, W] in metres.
+    is none, and predictions, float32 [B, H, W] in metres. NaN where there is no depth at all.
     """
 
     def __init__(self, name="depth_figures"):
@@ -165,7 +165,7 @@ class DepthFigures(keras.metrics.Metric):
         self._count.assign_add(tf.cast(tf.size(depths), tf.float64))
 
     def result(self):
-        *parts, square, rel = tf.unstack(tf.math.divide_no_nan(self._sums, self._count))
+        *parts, square, rel = tf.unstack(self._sums / self._count)
         named = {f"pct1.25{power}": part for power, part in zip(("", "^2", "^3"), parts)}
         return {**named, "rms": tf.sqrt(square), "rel": rel}
 

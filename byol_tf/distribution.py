@@ -137,7 +137,7 @@ def _sum(strategy, value):
 def check_alike(strategy, value, problem):
     """Ends all processes where they differ in a value; all must ask at the same time.
 
-    Args: value: anything whose `repr` tells it. problem: what to say then.
+    Args: value: function to anything whose `repr` tells it. problem: what to say then.
 
     Raises:
       UserError: in all of them.
@@ -145,7 +145,7 @@ def check_alike(strategy, value, problem):
     if num_workers(strategy) == 1:
         return
     # 32 bits, of which float64 has exact sums.
-    digest = int.from_bytes(hashlib.sha256(repr(value).encode()).digest()[:4], "big")
+    digest = int.from_bytes(hashlib.sha256(repr(value()).encode()).digest()[:4], "big")
     total = float(_sum(strategy, tf.constant(digest, tf.float64)))
     if any_worker(strategy, total != strategy.num_replicas_in_sync * digest):
         raise UserError(problem)
@@ -233,9 +233,9 @@ def _slurm_cluster():
 def _check_tf_config(text):
     """Raises a ValueError if TF_CONFIG does not name the workers and which of them this is."""
     config = json.loads(text)
-    parts = [config.get(name) for name in ("cluster", "task")] if isinstance(config, dict) else [0]
-    if not all(isinstance(part, dict) for part in parts):
-        raise ValueError('"cluster" and "task" must be objects in it')
+    parts = isinstance(config, dict) and [config.get(name) for name in ("cluster", "task")]
+    if not parts or not all(isinstance(part, dict) for part in parts):
+        raise ValueError('it must have the objects "cluster" and "task"')
     workers = config["cluster"].get("worker", []) + config["cluster"].get("chief", [])
     if not all(isinstance(address, str) and ":" in address for address in workers):
         raise ValueError(f"{workers} are not addresses of the form host:port")

@@ -274,8 +274,8 @@ class BYOL(keras.Model):
         )
         logs = {
             "prediction_loss": loss,
-            "projection_std": projection_std(tf.stop_gradient(projection1)),
-            "effective_rank": effective_rank(tf.stop_gradient(representation1)),
+            "projection_std": projection_std(projection1),
+            "effective_rank": effective_rank(representation1),
         }
         if self.contrastive_weight:
             loss += self.contrastive_weight * tf.reduce_mean(

@@ -89,9 +89,9 @@ def test_evaluations_that_train(tmp_path, channels):
     )
     given = {"image_size": SIZE, "learning_rates": [0.1], "batch_size": 4, "verbose": 0}
     found = byol_tf.linear_evaluation(encoder, source, source, source, epochs=1, **given)
-    assert 0 <= found["top1"] <= found["top5"] == 1
+    assert 0 <= found["top1"] <= 1
     found = byol_tf.fine_tune(encoder, source, source, source, epochs=[1], **given)
-    assert 0 <= found["top1"] <= found["top5"] == 1
+    assert 0 <= found["top1"] <= 1
     labels = np.random.default_rng(1).integers(0, 3, (COUNT, 20, 18))
     (tmp_path / "train").mkdir()
     for name, array in (

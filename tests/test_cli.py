@@ -274,6 +274,17 @@ def test_transfer(main, finished, prepare_set, tmp_path):
 
 
 @pytest.mark.slow
+def test_classes_that_nothing_teaches(main, images, tmp_path):
+    data = tmp_path / "images"
+    shutil.copytree(images, data)
+    (data / "test" / "blue").rename(data / "test" / "green")
+    flags = [*TINY, f"--data_dir={data}", f"--workdir={tmp_path / 'run'}", "--max_steps=1"]
+    _, stderr = succeed(main(*flags, "--task=pretrain,knn,linear_probe", "--nobaselines"))
+    wanted = "4 of 8 images of --eval_split=test are of classes that --train_split=train has not"
+    assert stderr.count(wanted) == 1
+
+
+@pytest.mark.slow
 def test_without_labels(main, flat, tmp_path):
     flags = [*TINY, f"--data_dir={flat}", f"--workdir={tmp_path}", "--max_steps=1"]
     tasks = "--task=pretrain,knn,linear_probe,linear_eval,finetune,export"

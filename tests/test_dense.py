@@ -125,6 +125,7 @@ def test_depth_learns(data):
     _, figures = learn("depth", data, frozen=False, steps=200)
     _, depths = rooms(10, 1)
     constant = dense.DepthFigures()
+    assert np.isnan(float(constant.result()["rms"]))
     constant.update_state(np.nan_to_num(depths), np.full_like(depths, np.nanmean(depths)))
     assert set(figures) == {"pct1.25", "pct1.25^2", "pct1.25^3", "rms", "rel"}
     assert figures["rms"] < float(constant.result()["rms"])

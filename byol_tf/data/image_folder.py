@@ -14,6 +14,7 @@ from absl import logging
 from byol_tf.data import decode
 from byol_tf.data.source import Source
 from byol_tf.errors import NoSplit, UserError, reason
+from byol_tf.whole import whole_file
 
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif")
 _OTHER_EXTENSIONS = (".webp", ".tif", ".tiff", ".avif", ".heic", ".jp2", ".svg")
@@ -275,10 +276,8 @@ def _write_cache(cache_file, checked):
     content = json.dumps({"decoder": _DECODER, "files": checked})
     try:
         cache_file.parent.mkdir(parents=True, exist_ok=True)
-        # Two runs may start at once: each puts a whole file in place.
-        own = cache_file.with_suffix(f".{os.getpid()}")
-        own.write_text(content)
-        own.replace(cache_file)
+        with whole_file(cache_file) as unfinished:  # two runs may start at once
+            unfinished.write_text(content)
     except OSError as error:
         logging.warning(
             "%s: %s; the next start checks all images again", cache_file, error.strerror

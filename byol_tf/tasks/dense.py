@@ -128,7 +128,10 @@ def _faults_of_images():
 def _check_converged(figures, flag):
     """Raises a `UserError` where the loss has diverged, or what was learned gives no figures."""
     if not figures or not all(map(math.isfinite, figures.values())):
-        raise UserError(f"{flag}: the training has diverged: take a smaller one.")
+        raise UserError(
+            f"{flag}: the training has diverged: take a smaller one (or there is no pixel with a "
+            f"value in {FLAGS.dense_eval_split!r})."
+        )
 
 
 def _report(task, figures, train, **details):

@@ -132,10 +132,7 @@ def _labelled_parts():
 
 
 def _have_labels(task, dataset=None):
-    """Whether there is something to learn from and to judge by, the latter of this data set.
-
-    Else warns.
-    """
+    """Whether there is something to learn from and to judge by, the latter of this data set."""
     train, test = run.source(FLAGS.train_split), run.source(FLAGS.eval_split, dataset)
     if not (train.class_names and test.class_names):
         return _skip(task, f"--dataset={FLAGS.dataset} has no labels")
@@ -149,7 +146,9 @@ def _have_labels(task, dataset=None):
 def _skip(task, why):
     """Warns that a task is left out. Where it is all that was asked for, this is an error."""
     if len(FLAGS.task) == 1:
-        raise UserError(f"--task={FLAGS.task[0]}: {why}.")
+        raise UserError(
+            f"--task={FLAGS.task[0]}: {why}: take folders of classes, or labelled data."
+        )
     logging.warning("skipped %s: %s", task, why)
     return False
 

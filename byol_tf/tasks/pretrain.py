@@ -129,14 +129,14 @@ def _check_workers(strategy, source):
     """Ends all workers where they are not given the same flags and images."""
     distribution.check_alike(
         strategy,
-        workdir.common_flags(),
+        workdir.common_flags,
         "the workers have not the same flags: start all of them with the same command.",
     )
     distribution.check_alike(
         strategy,
-        (source.num_examples, source.class_names),
-        f"the workers do not see the same images, here {source.num_examples}: --data_dir must "
-        "hold the same for all.",
+        lambda: (source.num_examples, source.class_names),
+        f"the workers do not see the same images and classes, here {source.num_examples} images: "
+        "--data_dir must hold the same for all.",
     )
 
 
@@ -145,7 +145,7 @@ def _check_checkpoint(strategy, model):
     step = int(model.optimizer.iterations.numpy())
     distribution.check_alike(
         strategy,
-        (step, workdir.weights_sha256(model.online_weights + model.target_weights)),
+        lambda: (step, workdir.weights_sha256(model.online_weights + model.target_weights)),
         f"the workers do not go on from the same checkpoint, here that of step {step}: --workdir "
         "must be one folder that all of them see.",
     )

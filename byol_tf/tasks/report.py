@@ -70,10 +70,12 @@ def _figures():
 
 def _of_training_on_labels(results):
     """Yields rows of what results.json says of evaluations that train: name, what on, how good."""
+    if "linear_eval" in results:
+        yield "linear evaluation", FLAGS.train_split, "", _listed(results["linear_eval"], _CHOSEN)
     for task in ("finetune", "segmentation", "depth"):
         for name, found in results.get(task, {}).items():
             yield task, name, _listed(found, _JUDGED), _listed(found, _CHOSEN)
-    step = checkpoints.step_of(run.chosen_checkpoint())
+    step = results.get("evaluated_step", checkpoints.step_of(run.chosen_checkpoint()))
     for dataset, modes in results.get("transfer", {}).items():
         for mode, found in modes.items():
             if found["step"] == step:

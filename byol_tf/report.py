@@ -48,7 +48,7 @@ _CURVES = {  # of metrics.jsonl: title and unit
     "classifier_loss": ("Loss of the watching classifier", "nats"),
     "learning_rate": ("Learning rate", ""),
     "target_ema": ("EMA rate τ of the target network", ""),
-    "images_per_second": ("Throughput", "images/s"),
+    "images_per_second": ("Throughput since the start", "images/s"),
 }
 _CURVE_POINTS = 400
 # Okabe and Ito's, which the colour-blind tell apart; grey in place of black, for dark pages. With

@@ -14,7 +14,7 @@ from PIL import Image
 
 from byol_tf import dense, resnet
 from byol_tf.data import augment
-from byol_tf.data.dense import depth_batches, load_dense, segmentation_batches
+from byol_tf.data.dense import count_known, depth_batches, load_dense, segmentation_batches
 from byol_tf.errors import UserError, reason
 from byol_tf.keras_api import keras
 
@@ -469,6 +469,10 @@ def test_masks_beyond_the_classes(tmp_path):
         list(segmentation_batches(source, crop=SIZE, batch_size=2, num_classes=2))
     wrong = "a mask has a value that --segmentation_classes=2 does not allow: 2"
     assert reason(caught.value) == wrong
+    with pytest.raises(tf.errors.InvalidArgumentError) as caught:
+        count_known(source, num_classes=2)
+    assert reason(caught.value) == wrong
+    assert count_known(source, num_classes=3) == np.sum(masks != 255)
 
 
 def test_voc_as_arrays(tmp_path):
@@ -542,6 +546,12 @@ def test_tasks(main, data, prepared, tmp_path):
         main(f"--workdir={workdir}", "--task=depth", "--depth_learning_rate=1e30")
     )
     assert "--depth_learning_rate=1e+30: the training has diverged" in line
+    unknown = write(tmp_path / "unknown" / "train", np.zeros([2, 32, 32, 3], np.uint8))
+    np.save(unknown / "train" / "depths.npy", np.zeros([2, 32, 32]))
+    line = test_cli.error_of(
+        main(f"--workdir={workdir}", "--task=depth", f"--dense_data={unknown}")
+    )
+    assert "no pixel in 'train' has a value that counts" in line
 
     gray = f"--workdir={tmp_path / 'gray'} --task=pretrain,depth --channels=1 {pretraining}"
     line = test_cli.error_of(main(*gray.split(), *small.split(), *tfds_data.split()))

@@ -307,7 +307,7 @@ def test_report_of_damaged_metrics(main, reported, tmp_path):
     assert "Traceback" not in stderr
     text = (workdir / "report" / "report.html").read_text()
     words = check_page(workdir / "report" / "report.html").words
-    shown = {"1%", "top1 0.5, top5 1", "learning_rate 0.02, epochs 30", "dtd", "top1 75.0 %"}
+    shown = {"1%", "top-1 50.0 %, top-5 100.0 %", "rate 0.02, epochs 30", "dtd", "top-1 75.0 %"}
     assert shown < set(words)
     assert "No accuracies" in text and "at step 2" in text and "random: " not in text
 

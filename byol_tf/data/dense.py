@@ -203,12 +203,7 @@ def segmentation_batches(source, *, crop, batch_size, num_classes, seed=None):
 
     def example(image, mask, draws):
         image, mask = augment.normalize(image), mask[..., tf.newaxis]
-        strange = (mask < 0) | (mask >= num_classes) & (mask != IGNORED)
-        text = f"a mask has a value that --segmentation_classes={num_classes} does not allow:"
-        first = tf.reduce_max(tf.boolean_mask(mask, strange)[:1])
-        known = tf.debugging.Assert(~tf.reduce_any(strange), [text, first])
-        with tf.control_dependencies([known]):
-            mask = mask - IGNORED  # the border that is added is 0
+        mask = _of_classes(mask, num_classes) - IGNORED  # the border that is added is 0
         if draws is not None:
             image, mask = _scale_and_crop(image, mask, crop, draws)
         image = tf.image.resize_with_crop_or_pad(image, crop, crop)
@@ -216,6 +211,34 @@ def segmentation_batches(source, *, crop, batch_size, num_classes, seed=None):
         return image, tf.cast(mask, tf.uint8)
 
     return _batches(source, example, batch_size, seed)
+
+
+def _of_classes(mask, num_classes):
+    """A mask, int32, which is refused if it has values beyond the classes."""
+    strange = (mask < 0) | (mask >= num_classes) & (mask != IGNORED)
+    first = tf.reduce_max(tf.boolean_mask(mask, strange)[:1])
+    text = f"a mask has a value that --segmentation_classes={num_classes} does not allow:"
+    with tf.control_dependencies([tf.debugging.Assert(~tf.reduce_any(strange), [text, first])]):
+        return tf.identity(mask)
+
+
+def count_known(source, num_classes=None):
+    """How many pixels of a `DenseSource` count, an int; reads all of it, as what is wrong with one
+    image is better known before an hour of training.
+
+    Args: num_classes: of masks.
+
+    Raises:
+      tf.errors.OpError: if an image or a mask cannot be read, or has values beyond the classes.
+    """
+
+    def count(record):
+        _, values = source.read(record)
+        known = values > 0 if num_classes is None else _of_classes(values, num_classes) != IGNORED
+        return tf.reduce_sum(tf.cast(known, tf.int64))
+
+    counts = source.records.map(count, num_parallel_calls=tf.data.AUTOTUNE)
+    return int(counts.reduce(tf.constant(0, tf.int64), tf.add))
 
 
 def _scale_and_crop(image, mask, crop, draws):

@@ -7,7 +7,7 @@ import tensorflow as tf
 from absl import flags, logging
 
 from byol_tf import dense
-from byol_tf.data.dense import depth_batches, load_dense, segmentation_batches
+from byol_tf.data.dense import count_known, depth_batches, load_dense, segmentation_batches
 from byol_tf.errors import UserError, reason
 from byol_tf.keras_api import keras
 from byol_tf.tasks import run
@@ -93,9 +93,16 @@ def check(task):
     Raises:
       UserError: if it cannot be read, or there is nothing or too little in it.
     """
+    num_classes = FLAGS.segmentation_classes if task == "segmentation" else None
     for split, source in zip((FLAGS.dense_train_split, FLAGS.dense_eval_split), _sources(task)):
         if not source.num_examples:
             raise UserError(f"--dense_data={FLAGS.dense_data}: there are no images in {split!r}.")
+        logging.info("checking %d images with %s of %s", source.num_examples, TARGETS[task], split)
+        with _faults_of_images(split):
+            if not count_known(source, num_classes):
+                raise UserError(
+                    f"--dense_data={FLAGS.dense_data}: no pixel in {split!r} has a value that counts."
+                )
     chosen = task == "segmentation" and len(FLAGS.segmentation_learning_rates) > 1
     if chosen and _sources(task)[0].num_examples < 2:
         raise UserError(
@@ -115,23 +122,21 @@ def _sources(task):
 
 
 @contextlib.contextmanager
-def _faults_of_images():
-    """Tells in one line of images or masks that turn out to be unusable."""
+def _faults_of_images(split=None):
+    """Tells in one line of images or masks that turn out to be unusable, in a split if it is known."""
     try:
         yield
     except tf.errors.OpError as error:
-        if "IteratorGetNext" not in error.message:  # not from the input pipeline
+        if split is None and "IteratorGetNext" not in error.message:  # not of the input pipeline
             raise
-        raise UserError(f"--dense_data={FLAGS.dense_data}: {reason(error)}") from error
+        where = f" {split!r}:" if split else ""
+        raise UserError(f"--dense_data={FLAGS.dense_data}:{where} {reason(error)}") from error
 
 
 def _check_converged(figures, flag):
     """Raises a `UserError` where the loss has diverged, or what was learned gives no figures."""
     if not figures or not all(map(math.isfinite, figures.values())):
-        raise UserError(
-            f"{flag}: the training has diverged: take a smaller one (or there is no pixel with a "
-            f"value in {FLAGS.dense_eval_split!r})."
-        )
+        raise UserError(f"{flag}: the training has diverged: take a smaller one.")
 
 
 def _report(task, figures, train, **details):
@@ -139,5 +144,7 @@ def _report(task, figures, train, **details):
     what = "frozen" if FLAGS.dense_frozen else "tuned"
     for name, value in figures.items():
         print(f"{task:>12} {what:>8} {name:>10} {value:8.4f}", flush=True)
-    details = {**figures, **details, "images": train.num_examples}
+    settings = {name: FLAGS[f"{task}_{name}"].value for name in ("steps", "batch_size", "crop")}
+    settings |= {"data": FLAGS.dense_data, "images": train.num_examples}
+    details = {**figures, **details, **settings}
     run.keep_figures(**{task: {what: details}})

@@ -53,7 +53,13 @@ def linear_eval():
     run.keep_figures(
         linear_top1=figures.pop("top1"),
         linear_top5=figures.pop("top5"),
-        linear_eval={**figures, "images": len(training), "held_out_images": len(held_out)},
+        linear_eval={
+            **figures,
+            "epochs": FLAGS.linear_epochs,
+            "batch_size": FLAGS.linear_batch_size,
+            "images": len(training),
+            "held_out_images": len(held_out),
+        },
     )
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import tensorflow as tf
 from absl import flags
 
-from byol_tf import checkpoints, evaluation, report, search, training, workdir
+from byol_tf import checkpoints, evaluation, report, search, training, transfer, workdir
 from byol_tf.data import views
 from byol_tf.tasks import run
 
@@ -21,8 +21,12 @@ _TITLES = {
     "probe_top1": "linear probe, top-1",
 }
 # Of evaluations that train: how good it is, and what was chosen on held-out images.
-_JUDGED = ("top1", "top5", "miou", "pct1.25", "pct1.25^2", "pct1.25^3", "rms", "rel")
-_CHOSEN = ("learning_rate", "epochs", "weight_decay", "l2")
+_JUDGED = {
+    **{"top1": "top-1", "top5": "top-5", "miou": "mean IoU"},
+    **{"pct1.25": "< 1.25:", "pct1.25^2": "< 1.25²:", "pct1.25^3": "< 1.25³:"},
+    **{"rms": "rms", "rel": "rel"},
+}
+_CHOSEN = {"learning_rate": "rate", "epochs": "epochs", "weight_decay": "decay", "l2": "L2"}
 _BASELINES = {"random_init": "random initialisation", "raw_pixels": "raw pixels"}
 
 
@@ -79,13 +83,15 @@ def _of_training_on_labels(results):
     for dataset, modes in results.get("transfer", {}).items():
         for mode, found in modes.items():
             if found["step"] == step:
-                figures = f"{found['metric']} {_percent(found['value'])}"
+                figures = f"{transfer.METRICS[found['metric']][1]} {_percent(found['value'])}"
                 yield f"transfer, {mode}", dataset, figures, _listed(found, _CHOSEN)
 
 
 def _listed(found, names):
-    """Those of the figures that are there, in one text."""
-    return ", ".join(f"{name} {found[name]:.3g}" for name in names if name in found)
+    """Those of the figures that are there, in one text; accuracies in percent."""
+    texts = {name: f"{found[name]:.3g}" for name in names if name in found}
+    texts |= {name: _percent(found[name]) for name in ("top1", "top5", "miou") if name in texts}
+    return ", ".join(f"{names[name]} {text}" for name, text in texts.items())
 
 
 def _percent(share):

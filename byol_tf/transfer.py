@@ -113,7 +113,12 @@ def load_set(chosen, data_dir=None, *, channels=3, seed=0):
             source = load_source("image_folder", name, str(folder), channels)
         else:
             source = load_source(
-                chosen.name, name, data_dir, channels, multi_label=chosen.multi_label
+                chosen.name,
+                name,
+                data_dir,
+                channels,
+                multi_label=chosen.multi_label,
+                flag="transfer",
             )
         if source.class_names is None or (
             not chosen.multi_label and subset.read_labels(source).min() < 0

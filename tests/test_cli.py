@@ -225,6 +225,8 @@ def test_fine_tuning_on_a_named_subset(main, tmp_path):
     assert (found["images"], found["held_out_images"]) == (14, 1)
     line = error_of(main(*settings, "--finetune_dataset=other_subset/part"))
     assert "--finetune_dataset=other_subset/part: its classes are not" in line
+    line = error_of(main(*settings, "--finetune_dataset=nothere"))
+    assert "--finetune_dataset=nothere: no such data set" in line
     line = error_of(main(*settings, "--finetune_dataset=all_subset/part"))
     assert "none is left to choose" in line
 

@@ -439,3 +439,9 @@ def test_binary_loss():
     assert loss.numpy() == pytest.approx((losses * (labels >= 0)).sum() / 6, rel=1e-5)
     known = labels >= 0
     assert accuracy.numpy() == pytest.approx(((logits > 0) == labels)[known].mean())
+
+
+def test_folders_cannot_tell_several_labels(tmp_path):
+    (tmp_path / "voc/2007/train/cat").mkdir(parents=True)
+    with pytest.raises(UserError, match="voc/2007: an image of it has several labels"):
+        transfer.load_set(transfer.find_set("voc"), tmp_path)

@@ -10,7 +10,9 @@ flags.DEFINE_string(
 flags.DEFINE_string(
     "data_dir", None, "Folder of the images, or of TFDS's prepared data sets. Default: TFDS's."
 )
-flags.DEFINE_string("train_split", "train", "Images to learn from; slices as in train[:10%].")
+flags.DEFINE_string(
+    "train_split", "train", "Images to learn from; of TFDS slices too: train[:10%]."
+)
 flags.DEFINE_string("eval_split", "validation", "Labelled images to evaluate on.")
 flags.DEFINE_integer("image_size", 224, "Side of a view in pixels (paper: 224).", lower_bound=8)
 flags.DEFINE_integer(

@@ -12,7 +12,10 @@ from byol_tf.data import decode
 from byol_tf.errors import NoSplit, UserError, one_line, reason
 
 _NETWORK_TIMEOUT = 10  # seconds; TFDS itself retries for minutes
-_DIR_FLAGS = {"dataset": "data_dir", "dense_data": "dense_data_dir"}
+_DIR_FLAGS = {  # where what a flag names is looked for
+    **{"dataset": "data_dir", "finetune_dataset": "data_dir"},
+    **{"dense_data": "dense_data_dir", "transfer": "transfer_data_dir"},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Source:
         }
 
 
-def load_source(dataset, split, data_dir=None, channels=3, *, multi_label=False):
+def load_source(dataset, split, data_dir=None, channels=3, *, multi_label=False, flag="dataset"):
     """Opens a data set; one from TFDS is downloaded and prepared if it has not been yet.
 
     Args:
@@ -67,6 +70,7 @@ def load_source(dataset, split, data_dir=None, channels=3, *, multi_label=False)
         [H, W, channels].
       multi_label: of TFDS: the classes are those of "labels", several an image, as of "voc/2007";
         of those only in "labels", not in "labels_no_difficult", nothing is judged.
+      flag: that the data set is from, which errors name.
 
     Returns: a `Source`.
 
@@ -79,7 +83,8 @@ def load_source(dataset, split, data_dir=None, channels=3, *, multi_label=False)
 
         _check_files_have(channels)
         return image_folder.load(split, data_dir, channels)
-    return _read(open_builder(dataset, data_dir), dataset, split, channels, multi_label)
+    builder = open_builder(dataset, data_dir, flag)
+    return _read(builder, f"--{flag}={dataset}", split, channels, multi_label)
 
 
 def open_builder(dataset, data_dir, flag="dataset"):
@@ -168,17 +173,17 @@ def _check_network(builder):
         requests.head(urls[0], timeout=_NETWORK_TIMEOUT)
 
 
-def _read(builder, dataset, split, channels, multi_label):
-    """The `Source` of a split of a prepared TFDS data set."""
+def _read(builder, given, split, channels, multi_label):
+    """The `Source` of a split of a prepared TFDS data set; `given`: its flag, for errors."""
     import tensorflow_datasets as tfds
 
     features = builder.info.features
-    _check_images(features, dataset, channels)
+    _check_images(features, given, channels)
     try:
         num_examples = builder.info.splits[split].num_examples
     except (KeyError, ValueError) as error:
         raise NoSplit(
-            f"--dataset={dataset}: no split {split!r}; there are "
+            f"{given}: no split {split!r}; there are "
             f"{', '.join(builder.info.splits)}, and parts of them as in 'train[:10%]'."
         ) from error
     class_names, label_features, read_label = _labels(features, multi_label)
@@ -213,7 +218,7 @@ def _read(builder, dataset, split, channels, multi_label):
         class_names=class_names,
         image_shape=shape,
         find_fault=lambda: _find_fault(
-            builder, dataset, split, images, shape or (None, None, channels)
+            builder, given, split, images, shape or (None, None, channels)
         ),
         channels=channels,
     )
@@ -240,7 +245,7 @@ def _labels(features, multi_label):
     return None, [], lambda example: tf.constant(-1, tf.int64)
 
 
-def _check_images(features, dataset, channels):
+def _check_images(features, given, channels):
     """Refuses a data set whose examples have no images, or none of so many channels."""
     import tensorflow_datasets as tfds
 
@@ -248,29 +253,29 @@ def _check_images(features, dataset, channels):
     encoded = isinstance(image, tfds.features.Image)
     if not encoded and not (isinstance(image, tfds.features.Tensor) and len(image.shape) == 3):
         raise UserError(
-            f"--dataset={dataset}: its examples have no feature 'image', only "
+            f"{given}: its examples have no feature 'image', only "
             f"{', '.join(features)}: choose an image data set."
         )
     dtype = tf.as_dtype(image.np_dtype).name
     # 16 bits of a PNG are full range by its standard; those of a sensor are not.
     if dtype not in (("uint8", "uint16") if encoded else ("uint8",)):
         raise UserError(
-            f"--dataset={dataset}: its images are {dtype}, whose range is not known: prepare them "
+            f"{given}: its images are {dtype}, whose range is not known: prepare them "
             "as uint8, from 0 to 255."
         )
     if encoded:
         _check_files_have(channels)
     elif image.shape[2] != channels:
         raise UserError(
-            f"--channels={channels}: the images of --dataset={dataset} have {image.shape[2]}: "
+            f"--channels={channels}: the images of {given} have {image.shape[2]}: "
             f"give --channels={image.shape[2]}."
         )
 
 
-def _find_fault(builder, dataset, split, images, shape):
+def _find_fault(builder, given, split, images, shape):
     """What is wrong with the files or the images of a prepared data set, or None; see `Source`."""
     fault = _fault_of_files(builder, split) or _fault_of_images(images, shape)
-    return fault and f"--dataset={dataset}: {fault}"
+    return fault and f"{given}: {fault}"
 
 
 def _fault_of_files(builder, split):

@@ -49,7 +49,9 @@ def verbosity():
 def source(split, dataset=None):
     """The `Source` of a split of --dataset, or of another data set of --data_dir."""
     try:
-        return _load_source(dataset or FLAGS.dataset, split, FLAGS.data_dir, FLAGS.channels)
+        dataset = dataset or FLAGS.dataset
+        flag = "dataset" if dataset == FLAGS.dataset else "finetune_dataset"
+        return _load_source(dataset, split, FLAGS.data_dir, FLAGS.channels, flag=flag)
     except NoSplit as error:
         raise UserError(f"{split_flag(split)}: {error}") from error
 

@@ -57,7 +57,7 @@ def _left_out(chosen, faults, part=None):
         sources = (part.train, part.validation, part.test)
         faults[chosen] = next(filter(None, (s.find_fault() for s in sources)), reason(error))
     if chosen in faults:
-        fault = faults[chosen].removeprefix(f"--dataset={chosen.name}: ")  # not its flag here
+        fault = faults[chosen].removeprefix(f"--transfer={chosen.name}: ")
         logging.warning("--transfer: left out %s: %s", chosen.name, fault)
 
 

@@ -7,7 +7,8 @@ _LENGTH = 300  # of what others say, in characters
 _PLACES = re.compile(
     r"Graph execution error:|Detected at node .*|<stack traces unavailable>|^\s+File \".*\n.*"
     r"|\{\{.*?\}\}|\[\[.*?\]\]|\[Op:.*|.* root error\(s\) found\.|^\s*\(\d\)\s*\w+:"
-    r"|\d+ successful operations\.|\d+ derived errors ignored\.",
+    r"|\d+ successful operations\.|\d+ derived errors ignored\."
+    r"|Error in user-defined function passed to .*? transformation with iterator: [\w:]+: ",
     re.MULTILINE,
 )
 

@@ -3,6 +3,7 @@
 import tensorflow as tf
 from tensorflow.python.framework import config  # the only place that says it
 
+from byol_tf.distribution import replica_context
 from byol_tf.keras_api import keras
 
 
@@ -30,9 +31,8 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
             raise ValueError(f"{self.name}: only the last axis, with scale=True and center=True.")
 
     def call(self, inputs, training=None):
-        context = tf.distribute.get_replica_context()
         training = self._get_training_value(training)
-        if not training or context is None or context.num_replicas_in_sync == 1:
+        if not training or replica_context() is None:
             return super().call(inputs, training=training)
         outputs, mean, variance, count = _normalize(
             inputs, self.gamma, self.beta, tf.convert_to_tensor(self.moving_mean), self.epsilon

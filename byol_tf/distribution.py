@@ -89,6 +89,13 @@ def chief_first(strategy):
         _await_all(strategy)
 
 
+def replica_context():
+    """TensorFlow's context of this replica, in a step of several; else None."""
+    context = tf.distribute.get_replica_context()
+    alone = context is None or context.num_replicas_in_sync == 1
+    return None if alone else context
+
+
 def all_reduce(op, value):
     """What the replicas have of a tensor, summed or averaged, for each of them.
 
@@ -96,10 +103,8 @@ def all_reduce(op, value):
 
     Args: op: "SUM" or "MEAN". value: a tensor, of the same shape on each replica.
     """
-    context = tf.distribute.get_replica_context()
-    if context is None or context.num_replicas_in_sync == 1:
-        return value
-    return context.all_reduce(op, value)
+    context = replica_context()
+    return value if context is None else context.all_reduce(op, value)
 
 
 def of_all_replicas(values):
@@ -108,8 +113,8 @@ def of_all_replicas(values):
     A sum of what is zero elsewhere: unlike a gather it keeps its order among the sums of
     batch norm and gradients, without which replicas on one machine mix them up.
     """
-    context = tf.distribute.get_replica_context()
-    if context is None or context.num_replicas_in_sync == 1:
+    context = replica_context()
+    if context is None:
         return values
     place = tf.one_hot(
         context.replica_id_in_sync_group, context.num_replicas_in_sync, dtype=values.dtype
@@ -233,8 +238,8 @@ def _slurm_cluster():
 def _check_tf_config(text):
     """Raises a ValueError if TF_CONFIG does not name the workers and which of them this is."""
     config = json.loads(text)
-    parts = isinstance(config, dict) and [config.get(name) for name in ("cluster", "task")]
-    if not parts or not all(isinstance(part, dict) for part in parts):
+    named = config if isinstance(config, dict) else {}
+    if not all(isinstance(named.get(name), dict) for name in ("cluster", "task")):
         raise ValueError('it must have the objects "cluster" and "task"')
     workers = config["cluster"].get("worker", []) + config["cluster"].get("chief", [])
     if not all(isinstance(address, str) and ":" in address for address in workers):

@@ -28,9 +28,7 @@ _FREE_FLAGS = {
     *(flag.name for flag in FLAGS.get_flags_for_module(config.evaluation.__name__)),
 }
 # These are of one command or of the machine: flags.txt does not have them.
-_OF_A_COMMAND = {
-    *("max_steps", "query", "strategy", "tpu", "logical_cpus", "intra_op_threads"),
-}
+_OF_A_COMMAND = {"max_steps", "query", "strategy", "tpu", "logical_cpus", "intra_op_threads"}
 # What results.json has objects of.
 _OBJECTS = {
     *("random_init", "raw_pixels", "linear_eval", "finetune", "segmentation", "depth"),

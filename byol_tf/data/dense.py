@@ -238,7 +238,7 @@ def count_known(source, num_classes=None):
         return tf.reduce_sum(tf.cast(known, tf.int64))
 
     counts = source.records.map(count, num_parallel_calls=tf.data.AUTOTUNE)
-    return int(counts.reduce(tf.constant(0, tf.int64), tf.add))
+    return int(sum(counts.as_numpy_iterator()))
 
 
 def _scale_and_crop(image, mask, crop, draws):

@@ -13,8 +13,10 @@ from byol_tf.errors import NoSplit, UserError, one_line, reason
 
 _NETWORK_TIMEOUT = 10  # seconds; TFDS itself retries for minutes
 _DIR_FLAGS = {  # where what a flag names is looked for
-    **{"dataset": "data_dir", "finetune_dataset": "data_dir"},
-    **{"dense_data": "dense_data_dir", "transfer": "transfer_data_dir"},
+    "dataset": "data_dir",
+    "finetune_dataset": "data_dir",
+    "dense_data": "dense_data_dir",
+    "transfer": "transfer_data_dir",
 }
 
 

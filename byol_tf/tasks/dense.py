@@ -94,7 +94,8 @@ def check(task):
       UserError: if it cannot be read, or there is nothing or too little in it.
     """
     num_classes = FLAGS.segmentation_classes if task == "segmentation" else None
-    for split, source in zip((FLAGS.dense_train_split, FLAGS.dense_eval_split), _sources(task)):
+    sources = _sources(task)
+    for split, source in zip((FLAGS.dense_train_split, FLAGS.dense_eval_split), sources):
         if not source.num_examples:
             raise UserError(f"--dense_data={FLAGS.dense_data}: there are no images in {split!r}.")
         logging.info("checking %d images with %s of %s", source.num_examples, TARGETS[task], split)
@@ -104,7 +105,7 @@ def check(task):
                     f"--dense_data={FLAGS.dense_data}: no pixel in {split!r} has a value that counts."
                 )
     chosen = task == "segmentation" and len(FLAGS.segmentation_learning_rates) > 1
-    if chosen and _sources(task)[0].num_examples < 2:
+    if chosen and sources[0].num_examples < 2:
         raise UserError(
             f"--dense_data={FLAGS.dense_data}: one image leaves none to choose the learning rate "
             "by: give one of --segmentation_learning_rates."
@@ -127,7 +128,7 @@ def _faults_of_images(split=None):
     try:
         yield
     except tf.errors.OpError as error:
-        if split is None and "IteratorGetNext" not in error.message:  # not of the input pipeline
+        if "IteratorGetNext" not in error.message:  # not from the input pipeline
             raise
         where = f" {split!r}:" if split else ""
         raise UserError(f"--dense_data={FLAGS.dense_data}:{where} {reason(error)}") from error
